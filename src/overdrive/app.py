@@ -1,0 +1,209 @@
+"""`Overdrive(app)`: the wiring of the parts, and their life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import anyio.to_thread
+from fastapi import FastAPI
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+
+from .cache.cache import Cache
+from .cache.store import MemoryStore, Store
+from .config import CacheSettings, Settings
+from .errors import ConfigurationError
+from .installer import Installation
+from .log.handler import LogHandler
+from .pool.engine import create_engine, create_sync_engine, prepare
+from .pool.observe import Observation
+from .pool.session import Sessions, SyncSessions
+
+
+class Overdrive:
+    """The performance layer of one FastAPI app.
+
+    app: the app; its routes may come later, its first request not earlier.
+    settings: everything that can be set; left out, the `OVERDRIVE_*` variables are read.
+    database_url, redis_url: shorthands for the two settings.
+    engine: a team's own async engine, instead of one made for `database_url`.
+    sessionmaker: a team's own `async_sessionmaker`, whose engine is used.
+    sync_engine: the same database for plain functions; left out, one is made when it is first asked for.
+    session_class: of the sessions, where no `sessionmaker` is given (SQLModel's, say).
+    engines: further engines by name, for `RequestSession("name")`.
+    cache: False switches the cache off, True on even under pytest.
+
+    Raises `ConfigurationError` for a setting that cannot work. Nothing is connected before it is used.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        settings: Settings | None = None,
+        database_url: str | None = None,
+        redis_url: str | None = None,
+        engine: AsyncEngine | None = None,
+        sessionmaker: async_sessionmaker[AsyncSession] | None = None,
+        sync_engine: Engine | None = None,
+        session_class: type[AsyncSession] = AsyncSession,
+        engines: Mapping[str, AsyncEngine] | None = None,
+        cache: bool | None = None,
+    ) -> None:
+        self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
+        self.cache = _cache(self.settings, cache)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._observations: list[Observation] = []
+
+        engine = engine or (sessionmaker.kw.get("bind") if sessionmaker is not None else None)
+        self._owned: list[AsyncEngine] = []
+        if engine is None:
+            engine = create_engine(self.settings.database_url, **self._pooling)
+            self._owned.append(engine)
+        self.engine = engine
+        self.engines: dict[str, AsyncEngine] = {"default": engine, **(engines or {})}
+        for name, each in self.engines.items():
+            self._observe(each.sync_engine, name, prepared=each in self._owned)
+        self._sessions = {name: Sessions.of(each, session_class) for name, each in self.engines.items()}
+        if sessionmaker is not None:
+            self._sessions["default"] = Sessions(sessionmaker)
+
+        self._sync_session_class: type[Session] = session_class.sync_session_class
+        self._sync_sessions: dict[str, SyncSessions] = {}
+        self._owned_sync: list[Engine] = []
+        if sync_engine is not None:
+            self._observe(sync_engine, "default")
+            self._sync_sessions["default"] = SyncSessions.of(sync_engine, self._sync_session_class)
+
+        self.installation = Installation.of(app)
+        self.installation.serve(self)
+
+    @property
+    def _pooling(self) -> dict[str, Any]:
+        pool = self.settings.pool
+        return {
+            "pool_size": pool.size,
+            "max_overflow": pool.max_overflow,
+            "pool_timeout": pool.timeout,
+            "pool_recycle": pool.recycle,
+        }
+
+    def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
+        if not prepared:
+            prepare(engine)
+        self._observations.append(Observation(engine, name, self.cache.invalidator))
+
+    # Sessions
+
+    def sessions(self, engine: str = "default") -> Sessions:
+        """Return what makes the async sessions of an engine; raises `ConfigurationError` for an unknown name."""
+        self._known(engine)
+        return self._sessions[engine]
+
+    def sync_sessions(self, engine: str = "default") -> SyncSessions:
+        """Return what makes the synchronous sessions of an engine, with a pool of their own."""
+        if engine not in self._sync_sessions:
+            url = self._known(engine).url
+            if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+                raise ConfigurationError(
+                    "an SQLite database in memory belongs to one connection, and plain functions need another: "
+                    "use a file, sqlite:///file.sqlite"
+                )
+            made = create_sync_engine(url, **self._pooling)
+            self._owned_sync.append(made)
+            self._observe(made, engine, prepared=True)
+            self._sync_sessions[engine] = SyncSessions.of(made, self._sync_session_class)
+        return self._sync_sessions[engine]
+
+    def session(self, engine: str = "default") -> contextlib.AbstractAsyncContextManager[AsyncSession]:
+        """Open a session where there is no request: committed at the end of the block, rolled back if it raises."""
+        return self.sessions(engine)()
+
+    def sync_session(self, engine: str = "default") -> contextlib.AbstractContextManager[Session]:
+        """Open a synchronous session where there is no request; see `session`."""
+        return self.sync_sessions(engine)()
+
+    def _known(self, engine: str) -> AsyncEngine:
+        if engine not in self.engines:
+            raise ConfigurationError(
+                f"there is no engine {engine!r}: Overdrive(engines={{{engine!r}: ...}}); known are "
+                + ", ".join(self.engines)
+            )
+        return self.engines[engine]
+
+    # Life
+
+    def layers(self) -> list[str]:
+        """Name what a request passes, from the outermost to the router."""
+        return self.installation.layers()
+
+    def enter_loop(self) -> None:
+        """Note the running loop; connections of one that has closed (a test's) are left behind with it."""
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        if self._loop is not None and self._loop.is_closed():
+            for engine in self.engines.values():
+                engine.sync_engine.dispose(close=False)
+        self._loop = loop
+        for observation in self._observations:
+            observation.loop = loop
+
+    async def aclose(self) -> None:
+        """Close what Overdrive has opened, and write what is logged from now on at once."""
+        for engine in self._owned:
+            await engine.dispose()
+        for sync_engine in self._owned_sync:
+            await anyio.to_thread.run_sync(sync_engine.dispose)
+        await self.cache.store.aclose()
+        for handler in _log_handlers():
+            await anyio.to_thread.run_sync(handler.close)
+
+
+def add_pagination(app: FastAPI) -> FastAPI:
+    """Read page parameters on every route of `app` that declares a page, without the rest of Overdrive.
+
+    With `Overdrive(app)` it is not needed, and does no harm.
+    """
+    Installation.of(app)
+    return app
+
+
+def _settings(settings: Settings | None, **given: str | None) -> Settings:
+    values = {name: value for name, value in given.items() if value is not None}
+    if settings is None:
+        return Settings.load(**values)
+    if values:
+        raise ConfigurationError(f"give {' and '.join(values)} either in settings= or as an argument")
+    return settings
+
+
+def _cache(settings: Settings, enabled: bool | None) -> Cache:
+    options: CacheSettings = settings.cache
+    store: Store
+    if settings.redis_url is None:
+        store = MemoryStore(options.max_entries)
+    else:
+        from .cache.redis import RedisStore
+
+        store = RedisStore(settings.redis_url, options.prefix)
+    if enabled is None:
+        enabled = options.enabled
+    if enabled is None:
+        # A test that does not ask for the cache should not meet another test's responses.
+        enabled = "PYTEST_VERSION" not in os.environ
+    return Cache(store, enabled=enabled, ttl=options.ttl, max_body=options.max_body)
+
+
+def _log_handlers() -> Iterator[LogHandler]:
+    named = (each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger))
+    for logger in (logging.root, *named):
+        for handler in logger.handlers:
+            if isinstance(handler, LogHandler):
+                yield handler

@@ -1,0 +1,1 @@
+"""Whole responses, kept until they expire or something they read is written."""

@@ -1,0 +1,77 @@
+"""A stored response, its written form, and what it is worth now."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import msgspec
+
+from .policy import Header
+
+#: The first element of the written form; another number is another release's, and a miss.
+FORMAT = 1
+
+
+class State(Enum):
+    """What an entry is worth."""
+
+    FRESH = "fresh"
+    #: Past its time to live, with nothing it read written since.
+    EXPIRED = "expired"
+    #: Something it read was written, or nobody can tell any more: never to be served.
+    INVALIDATED = "invalidated"
+
+
+class Instant(NamedTuple):
+    """A point on a store's write clock.
+
+    epoch: changes whenever the store may have forgotten a write.
+    now: the number of writes announced in this epoch.
+    """
+
+    epoch: str
+    now: int
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A response as it was sent, and what it depends on.
+
+    created, ttl: seconds on the cache's clock.
+    versions: for each tag that was read, the write it was last named by.
+    fingerprint: of the schema and policy it was made under.
+    """
+
+    format: int
+    fingerprint: str
+    epoch: str
+    versions: dict[str, int]
+    created: float
+    ttl: float
+    status: int
+    headers: list[Header]
+    body: bytes
+
+    def state(self, now: float, epoch: str, versions: dict[str, int]) -> State:
+        """Judge the entry by the clock, and by the epoch and versions of its tags as they are now."""
+        if epoch != self.epoch or any(versions.get(tag) != seen for tag, seen in self.versions.items()):
+            return State.INVALIDATED
+        return State.FRESH if now - self.created < self.ttl else State.EXPIRED
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Entry)
+
+
+def encode(entry: Entry) -> bytes:
+    """Write `entry` down."""
+    return _encoder.encode(entry)
+
+
+def decode(data: bytes, fingerprint: str) -> Entry | None:
+    """Read an entry; None where it is damaged, of another format or of another release."""
+    try:
+        entry = _decoder.decode(data)
+    except msgspec.MsgspecError:
+        return None
+    return entry if (entry.format, entry.fingerprint) == (FORMAT, fingerprint) else None

@@ -1,0 +1,47 @@
+"""Commits become stamps: what a commit wrote, no entry that read it survives."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Collection
+
+from .store import Store, StoreUnavailable
+
+logger = logging.getLogger("overdrive")
+
+
+class Invalidator:
+    """Announces writes to a store, and remembers those it could not announce.
+
+    It is the cache's side of `pool.observe.CommitObserver`. While a write is unannounced, this process takes
+    nothing from the store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._unannounced: set[str] = set()
+
+    async def before(self, writes: frozenset[str]) -> frozenset[str]:
+        """Carry the writes over the commit."""
+        return writes
+
+    async def after(self, token: frozenset[str], outcome: enum.Enum) -> None:
+        """Announce what was, or may have been, committed."""
+        if outcome.value != "rolled_back":
+            await self.announce(token)
+
+    async def announce(self, tags: Collection[str]) -> None:
+        """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller."""
+        self._unannounced |= set(tags)
+        try:
+            await self.catch_up()
+        except StoreUnavailable as error:
+            logger.error("the cache could not be told of a write and is left alone until it can: %s", error)
+
+    async def catch_up(self) -> None:
+        """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
+        if self._unannounced:
+            tags = frozenset(self._unannounced)
+            await self._store.bump(tags)
+            self._unannounced -= tags

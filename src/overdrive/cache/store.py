@@ -1,0 +1,100 @@
+"""Where entries and the versions of tags are kept: the contract, and the store inside the process.
+
+A store has a write clock: `bump` moves it and stamps the tags that were written. An entry holds the stamps its
+tags had when it was filled, and is valid while they have not changed. What it read may have been written while
+it was being read, so a fill names the instant before its first read, and is refused if a stamp is younger.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+from .entry import Instant
+
+
+class Found(NamedTuple):
+    """The answer to a look-up: the entry's written form, if there is one, and the clock at that moment."""
+
+    data: bytes | None
+    instant: Instant
+
+
+class StoreUnavailable(Exception):  # noqa: N818
+    """The store did not answer; a request goes on without it."""
+
+
+class Store(Protocol):
+    """The contract of the stores. Every method but `seen` may raise `StoreUnavailable`."""
+
+    def seen(self) -> Instant | None:
+        """Return an instant that is not in the future, without asking anyone; None where none is known."""
+
+    async def load(self, key: str) -> Found:
+        """Look up an entry."""
+
+    async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
+        """Return the epoch and the stamp of each tag, made up of the clock where a tag has none."""
+
+    async def save(self, key: str, data: bytes, ttl: float) -> None:
+        """Keep an entry for `ttl` seconds at least."""
+
+    async def bump(self, tags: Collection[str]) -> None:
+        """Move the clock, and stamp `tags` with it."""
+
+    async def clear(self) -> None:
+        """Begin a new epoch: no entry is valid any more."""
+
+    async def aclose(self) -> None:
+        """Give connections back."""
+
+
+class MemoryStore:
+    """Entries inside the process, for a service of one worker.
+
+    max_entries: entries kept; the least recently used goes first.
+    """
+
+    def __init__(self, max_entries: int) -> None:
+        self._max_entries = max_entries
+        self._entries: OrderedDict[str, bytes] = OrderedDict()
+        self._stamps: dict[str, int] = {}
+        self._instant = Instant(secrets.token_hex(8), 0)
+
+    def seen(self) -> Instant:
+        """Return the clock: this store is in the process."""
+        return self._instant
+
+    async def load(self, key: str) -> Found:
+        """Look up an entry."""
+        data = self._entries.get(key)
+        if data is not None:
+            self._entries.move_to_end(key)
+        return Found(data, self._instant)
+
+    async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
+        """Return the epoch and the stamp of each tag; one that was never written has zero."""
+        return self._instant.epoch, {tag: self._stamps.get(tag, 0) for tag in tags}
+
+    async def save(self, key: str, data: bytes, ttl: float) -> None:
+        """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
+        self._entries[key] = data
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+
+    async def bump(self, tags: Collection[str]) -> None:
+        """Move the clock, and stamp `tags` with it."""
+        self._instant = Instant(self._instant.epoch, self._instant.now + 1)
+        self._stamps.update(dict.fromkeys(tags, self._instant.now))
+
+    async def clear(self) -> None:
+        """Begin a new epoch and forget every entry."""
+        self._instant = Instant(secrets.token_hex(8), 0)
+        self._entries.clear()
+        self._stamps.clear()
+
+    async def aclose(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,115 @@
+"""Settings: one frozen model a part, from arguments or from `OVERDRIVE_*` variables.
+
+A nested setting is named with two underscores: `OVERDRIVE_POOL__SIZE=5`. Arguments win over variables.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import ConfigurationError
+
+
+class PoolSettings(BaseModel):
+    """How many connections an engine may hold, and for how long.
+
+    size: connections kept open.
+    max_overflow: connections opened beyond `size` under load, closed when returned.
+    timeout: seconds a checkout waits for a connection before it fails.
+    recycle: seconds after which a connection is replaced at its next checkout; -1 never.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(10, ge=1)
+    max_overflow: int = Field(20, ge=0)
+    timeout: float = Field(30, gt=0)
+    recycle: int = Field(1800, ge=-1)
+
+
+class CacheSettings(BaseModel):
+    """What the response cache keeps.
+
+    enabled: on or off; left out, the cache is on everywhere but under pytest.
+    ttl: seconds an entry is fresh where `@cached()` names none.
+    prefix: what every key in Redis starts with.
+    max_entries: entries the in-process store holds; the least recently used goes first.
+    max_body: bytes above which a body is sent but not stored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool | None = None
+    ttl: float = Field(60, gt=0)
+    prefix: str = Field("overdrive", min_length=1)
+    max_entries: int = Field(10_000, ge=1)
+    max_body: int = Field(1_048_576, ge=1)
+
+
+class LogSettings(BaseModel):
+    """What is logged for each request.
+
+    events: log one INFO record a request on the logger `overdrive.request`.
+    request_id_header: response header that carries the request's id.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    events: bool = True
+    request_id_header: str = Field("x-request-id", pattern=r"^[A-Za-z0-9-]+$")
+
+
+class PaginationSettings(BaseModel):
+    """Page sizes, and the key that signs cursors.
+
+    size: rows on a page where the client asks for none.
+    max_size: the most a client may ask for.
+    secret: the key cursors are signed with, the same in every worker; left out, each process makes one,
+        and its cursors end with it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(50, ge=1)
+    max_size: int = Field(100, ge=1, le=10_000)
+    secret: SecretStr | None = None
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.size > self.max_size:
+            raise ValueError(f"size ({self.size}) is larger than max_size ({self.max_size})")
+        return self
+
+
+class Settings(BaseSettings):
+    """Everything Overdrive can be told.
+
+    database_url: where the database is. `postgresql://` and `sqlite://` get their async driver.
+    redis_url: where the cache is shared; left out, it lives in the process.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="OVERDRIVE_", env_nested_delimiter="__")
+
+    database_url: str = "sqlite+aiosqlite:///overdrive.sqlite"
+    redis_url: str | None = None
+    pool: PoolSettings = PoolSettings()
+    cache: CacheSettings = CacheSettings()
+    log: LogSettings = LogSettings()
+    pagination: PaginationSettings = PaginationSettings()
+
+    @classmethod
+    def load(cls, **values: Any) -> Settings:
+        """Read arguments and environment; `ConfigurationError` names every setting that is wrong."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ConfigurationError("; ".join(map(_complaint, error.errors()))) from None
+
+
+def _complaint(error: Any) -> str:
+    name = "OVERDRIVE_" + "__".join(str(part).upper() for part in error["loc"])
+    given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{name}: {error['msg']}{given}"

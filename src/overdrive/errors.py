@@ -1,0 +1,56 @@
+"""Every exception Overdrive raises, each with the HTTP status a client sees when nobody handles it.
+
+* `OverdriveError` (500)
+    * `ConfigurationError` (500): a setting, a route or a missing extra; raised at start-up where it can be
+    * `NotInstalledError` (500): a part was used on a request that no `Overdrive(app)` observes
+    * `SessionEndedError` (500): the request's session was used after its response had begun
+    * `PageError` (500): the endpoint's query or page style cannot be paginated as written
+    * `RequestError` (400): the request itself asks for something impossible; answered as JSON with its code
+        * `InvalidCursorError` (400): a cursor that was damaged, or made for another route, order or filter
+"""
+
+from __future__ import annotations
+
+
+class OverdriveError(Exception):
+    """The root of the tree: catch it to catch everything Overdrive raises."""
+
+    status = 500
+    code = "overdrive_error"
+
+
+class ConfigurationError(OverdriveError):
+    """A setting, a route or an installation that cannot work; the message names the fix."""
+
+    code = "configuration"
+
+
+class NotInstalledError(OverdriveError):
+    """A part that needs `Overdrive(app)` was used on a request it does not observe."""
+
+    code = "not_installed"
+
+
+class SessionEndedError(OverdriveError):
+    """The request's session was used after its response had begun; the message names the fix."""
+
+    code = "session_ended"
+
+
+class PageError(OverdriveError):
+    """A statement, a page style or a combination of both that cannot be paginated as written."""
+
+    code = "page"
+
+
+class RequestError(OverdriveError):
+    """A request that cannot be served as the client has put it."""
+
+    status = 400
+    code = "request"
+
+
+class InvalidCursorError(RequestError):
+    """A cursor that is damaged, or that was made for another route, order or filter."""
+
+    code = "invalid_cursor"

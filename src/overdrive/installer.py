@@ -1,0 +1,485 @@
+"""What Overdrive adds to an app, and the one place that touches FastAPI's less documented names.
+
+Used are: `app.build_middleware_stack` and `app.user_middleware` (where Overdrive stands), `iter_route_contexts`
+(every route as it is served, included and mounted ones too), the `dependant` of a route (its parameters and
+dependencies) with `get_parameterless_sub_dependant` (to add one), and `dependant.call` (to answer instead of the
+endpoint). Each use has a check that is run before it is relied on: where FastAPI has changed, that part is
+switched off with one ERROR, and the app serves on without it.
+
+Annotations of dependencies made here are read by FastAPI at run time, so this module does not postpone them.
+"""
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import __version__ as fastapi_version
+from fastapi.dependencies.utils import get_flat_params, get_parameterless_sub_dependant
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
+from fastapi.security.base import SecurityBase
+from pydantic import BaseModel, TypeAdapter
+from starlette.middleware import Middleware
+from starlette.routing import Mount, compile_path
+
+from .cache.cache import Exchange
+from .cache.key import KeyPlan, key_of
+from .cache.policy import Policy
+from .config import PaginationSettings
+from .context import RequestContext, current
+from .endpoint import (
+    CACHED,
+    PROCESS_KEY,
+    RequestSession,
+    SessionFactory,
+    SyncRequestSession,
+    SyncSessionFactory,
+    page_dependency,
+)
+from .errors import ConfigurationError, RequestError
+from .middleware import Observer, RequestPath
+from .pagination.page import BasePage, CursorParams, PageParams
+
+if TYPE_CHECKING:
+    from .app import Overdrive
+
+logger = logging.getLogger("overdrive")
+
+_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One route as it is served.
+
+    app: the FastAPI app it belongs to, which a mount may have put inside another.
+    route: FastAPI's context of the route, with the prefixes and dependencies of its inclusion.
+    template: its whole path, mounts included.
+    """
+
+    app: FastAPI
+    route: Any
+    template: str
+
+    @property
+    def name(self) -> str:
+        """Name the route for a message."""
+        return f"{'/'.join(sorted(self.route.methods or ('WEBSOCKET',)))} {self.template}"
+
+    @property
+    def endpoint(self) -> Callable[..., Any]:
+        """Return the function as the team wrote it."""
+        endpoint: Callable[..., Any] = inspect.unwrap(self.route.endpoint)
+        return endpoint
+
+    def graph(self) -> Iterator[Any]:
+        """Walk the endpoint's dependant and those of all its dependencies."""
+        pending = [self.route.dependant]
+        while pending:
+            dependant = pending.pop()
+            yield dependant
+            pending += dependant.dependencies
+
+    def resolved(self, call: Any) -> Any:
+        """Return what the app runs for a dependency, which may be overridden."""
+        return self.app.dependency_overrides.get(call, call)
+
+
+def sites(app: FastAPI, prefix: str = "") -> Iterator[Site]:
+    """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps."""
+    for route in iter_route_contexts(app.routes):
+        served = route.original_route
+        if isinstance(served, Mount):
+            if isinstance(served.app, FastAPI):
+                yield from sites(served.app, prefix + (route.path or ""))
+        elif isinstance(served, APIRoute | APIWebSocketRoute):
+            yield Site(app, route, prefix + (route.path_format or route.path or ""))
+
+
+class Installation:
+    """Overdrive on one app. Everything is put in place once, before the app's first request is served.
+
+    That is late enough for routes added in a lifespan, and for fastapi-pagination, which changes routes there.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self.app = app
+        self.runtime: Overdrive | None = None
+        self.pagination = PaginationSettings()
+        self.cursor_key = PROCESS_KEY
+        self.request_id_header = b"x-request-id"
+        self.logs_events = False
+        self._installed = False
+        self._templates: dict[Any, list[tuple[re.Pattern[str], str]]] = {}
+        self._build_stack = app.build_middleware_stack
+        self._openapi = app.openapi
+        app.build_middleware_stack = self._stack  # type: ignore[method-assign]
+        app.openapi = self._documented  # type: ignore[method-assign]
+
+    @classmethod
+    def of(cls, app: FastAPI) -> "Installation":
+        """Return the installation of `app`, made when it is first asked for.
+
+        Raises `ConfigurationError` for an app that already serves.
+        """
+        if not isinstance(app, FastAPI):
+            raise ConfigurationError(
+                f"this takes the FastAPI app, not {type(app).__name__}: it finds the app's routers"
+            )
+        installation = getattr(app.state, "overdrive_installation", None)
+        if installation is None:
+            if app.middleware_stack is not None:
+                raise ConfigurationError("Overdrive(app) must come before the app serves its first request")
+            installation = app.state.overdrive_installation = cls(app)
+        return installation
+
+    def serve(self, runtime: "Overdrive") -> None:
+        """Make `runtime` the one that serves this app; raises `ConfigurationError` if there is another."""
+        if self.runtime is not None:
+            raise ConfigurationError("this app has an Overdrive already: keep one, and use it everywhere")
+        self.runtime = runtime
+        settings = runtime.settings
+        self.pagination = settings.pagination
+        if settings.pagination.secret is not None:
+            self.cursor_key = settings.pagination.secret.get_secret_value().encode()
+        self.request_id_header = settings.log.request_id_header.encode()
+        self.logs_events = settings.log.events
+
+    # Where Overdrive stands
+
+    def _stack(self) -> Any:
+        if not any(cast(Any, middleware.cls) is RequestPath for middleware in self.app.user_middleware):
+            # The last of the app's middlewares is the innermost.
+            self.app.user_middleware.append(Middleware(RequestPath, installation=self))
+        _answer_request_errors(self.app)
+        return Observer(self._build_stack(), self)
+
+    def layers(self) -> list[str]:
+        """Name what a request passes, from the outermost to the router."""
+        if self.app.middleware_stack is None:
+            self.app.middleware_stack = self.app.build_middleware_stack()
+        names: list[str] = []
+        layer: Any = self.app.middleware_stack
+        while layer is not None:
+            names.append(type(layer).__name__)
+            layer = getattr(layer, "app", None) if layer is not self.app.router else None
+        return names
+
+    def _documented(self) -> dict[str, Any]:
+        self.install()
+        return self._openapi()
+
+    # What the middlewares ask
+
+    def begin(self, context: RequestContext) -> None:
+        """Note the cache's write clock before anything of the request is read."""
+        if self.runtime is not None:
+            self.runtime.enter_loop()
+            context.instant = self.runtime.cache.seen()
+
+    def route_of(self, scope: Any) -> str | None:
+        """Return the template of the route that served `scope`, if one did."""
+        templates = self._templates.get(scope.get("endpoint"), ())
+        for pattern, template in templates:
+            if len(templates) == 1 or pattern.fullmatch(scope["path"]):
+                return template
+        return getattr(scope.get("route"), "path", None)
+
+    async def shut_down(self) -> None:
+        """Give back what the runtime holds."""
+        if self.runtime is not None:
+            await self.runtime.aclose()
+
+    # Putting it in place
+
+    def install(self) -> None:
+        """Prepare every route; raises `ConfigurationError` for one that could not keep its promises."""
+        if self._installed:
+            return
+        found = list(sites(self.app)) if works(check_walk) else []
+        for site in found:
+            refuse_misuse(site)
+        self._installed = True
+        for site in found:
+            self._prepare(site)
+        for mounted in {site.app for site in found if site.app is not self.app}:
+            _answer_request_errors(mounted)
+
+    def _prepare(self, site: Site) -> None:
+        served = self._templates.setdefault(site.route.endpoint, [])
+        served.append((compile_path(site.template)[0], site.template))
+        if isinstance(site.route.original_route, APIWebSocketRoute):
+            return
+        if (style := page_style(site)) is not None and works(check_added_dependency):
+            add_dependency(site, page_dependency(style, self.pagination))
+        mark = getattr(site.endpoint, CACHED, None)
+        if mark is not None and self.runtime is not None and works(check_replaced_call):
+            cache_route(site, mark.ttl or self.runtime.cache.ttl)
+
+
+def _answer_request_errors(app: FastAPI) -> None:
+    """Have `app` answer a `RequestError`, unless it does so its own way; its middlewares are not built yet."""
+
+    async def answer(_request: Request, error: RequestError) -> Response:
+        return JSONResponse({"detail": str(error), "code": error.code}, error.status)
+
+    app.exception_handlers.setdefault(RequestError, answer)
+
+
+# What is asked of a route
+
+
+def refuse_misuse(site: Site) -> None:
+    """Raise `ConfigurationError` for a route whose session could not be what it promises to be."""
+    websocket = isinstance(site.route.original_route, APIWebSocketRoute)
+    generator = inspect.isgeneratorfunction(site.endpoint) or inspect.isasyncgenfunction(site.endpoint)
+    for dependant in site.graph():
+        call = site.resolved(dependant.call)
+        if isinstance(call, RequestSession | SyncRequestSession) and (websocket or generator):
+            kind = "a websocket" if websocket else "a generator"
+            raise ConfigurationError(
+                f"{site.name} is {kind}, and the request's session ends before the first byte: take "
+                "`sessions: SessionFactoryDep` there and open a session for each unit of work, "
+                "`async with sessions() as db: ...`"
+            )
+    if inspect.iscoroutinefunction(site.endpoint) or websocket or generator:
+        return
+    for dependency in site.route.dependant.dependencies:
+        if isinstance(site.resolved(dependency.call), RequestSession) and dependency.name is not None:
+            raise ConfigurationError(
+                f"{site.name} is a plain function and cannot await an AsyncSession: take "
+                f"`{dependency.name}: SyncSessionDep` (or Depends(get_sync_session)), or make it `async def`"
+            )
+
+
+def page_style(site: Site) -> str | None:
+    """Return the style of the page a route declares; None where it declares none, or takes the parameters itself."""
+    model = site.route.response_model
+    if not (isinstance(model, type) and issubclass(model, BasePage)):
+        return None
+    annotations = (field.field_info.annotation for d in site.graph() for field in d.query_params)
+    taken = any(isinstance(a, type) and issubclass(a, PageParams | CursorParams) for a in annotations)
+    return None if taken else model.style
+
+
+def add_dependency(site: Site, dependency: Callable[..., Any]) -> None:
+    """Have a route resolve `dependency`, after all of its own."""
+    site.route.dependant.dependencies.append(
+        get_parameterless_sub_dependant(depends=Depends(dependency), path=site.route.path_format)
+    )
+
+
+# Cached routes
+
+
+def cache_route(site: Site, ttl: float) -> None:
+    """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
+    plan = key_plan(site, ttl)
+    if isinstance(plan, str):
+        logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
+        return
+    calls = [dependant.call for dependant in site.graph() if dependant is not site.route.dependant]
+    add_dependency(site, _look_up(site, Policy(ttl, plan), calls))
+    site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
+
+
+def _look_up(site: Site, policy: Policy, calls: list[Any]) -> Callable[..., Any]:
+    """Return the dependency that looks the response up: resolved last, so that authentication has run."""
+    plan, template = policy.plan, site.template
+
+    async def look_up(request: Request, response: Response) -> None:
+        context = _context()
+        if request.method != "GET":
+            return
+        context.route, context.policy, context.response = template, policy, response
+        key = key_of(
+            plan,
+            host=request.headers.get("host", ""),
+            path=context.path,
+            query=context.query,
+            headers=[request.headers.get(name) for name in plan.headers],
+            cookies=[request.cookies.get(name) for name in plan.cookies],
+        )
+        exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context)
+        if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
+            exchange.bypass("overridden-dependency")
+        else:
+            await exchange.look_up()
+
+    return look_up
+
+
+def _answered_from_cache(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an endpoint so that it is not called where the look-up has found its response."""
+    if inspect.iscoroutinefunction(endpoint):
+
+        @functools.wraps(endpoint)
+        async def call(**values: Any) -> Any:
+            return _stored_response() or await endpoint(**values)
+
+    else:
+
+        @functools.wraps(endpoint)
+        def call(**values: Any) -> Any:
+            return _stored_response() or endpoint(**values)
+
+    return call
+
+
+def _stored_response() -> Response | None:
+    context = _context()
+    entry = context.exchange.entry if context.exchange is not None else None
+    if entry is None:
+        return None
+    # Headers that this request's dependencies have set are newer than those that were stored with the body.
+    fresh = context.response.headers.raw
+    names = {name for name, _ in fresh}
+    response = Response(entry.body, entry.status)
+    response.raw_headers = [header for header in entry.headers if header[0] not in names] + fresh
+    return response
+
+
+def _context() -> RequestContext:
+    context = current()
+    assert context is not None, "the observer is outside every route"
+    return context
+
+
+def key_plan(site: Site, ttl: float) -> KeyPlan | str:
+    """Read from the dependency graph what tells one response of a route from another, or why that is unknowable."""
+    headers: set[str] = set()
+    cookies: set[str] = set()
+    private = False
+    for dependant in site.graph():
+        if isinstance(dependant.call, _OURS):
+            continue
+        if isinstance(dependant.call, SecurityBase):
+            read = _credential(dependant.call)
+            if read is None:
+                return f"nothing is known of what the security scheme {type(dependant.call).__name__} reads"
+            private = True
+            (cookies if read[0] == "cookie" else headers).add(read[1])
+        elif unknowable := _unknowable(dependant):
+            return unknowable
+    for field in get_flat_params(site.route.dependant):
+        info: Any = field.field_info
+        place = info.in_.value
+        names = [field.alias, info.validation_alias]
+        if place == "header":
+            headers |= {form for name in names if isinstance(name, str) for form in _header_names(name)}
+        elif place == "cookie":
+            cookies |= {name for name in names if isinstance(name, str)}
+    private = private or bool(cookies) or "authorization" in headers
+    return KeyPlan(_fingerprint(site.route, ttl), tuple(sorted(headers)), tuple(sorted(cookies)), private)
+
+
+def _header_names(name: str) -> tuple[str, str]:
+    return name.lower(), name.lower().replace("_", "-")
+
+
+def _credential(scheme: SecurityBase) -> tuple[str, str] | None:
+    """Return where a security scheme of FastAPI's reads its credential, and under which name."""
+    if not type(scheme).__module__.startswith("fastapi."):
+        return None
+    model: Any = scheme.model
+    if model.type_.value == "apiKey":
+        return model.in_.value, model.name.lower() if model.in_.value == "header" else model.name
+    return "header", "authorization"
+
+
+def _unknowable(dependant: Any) -> str | None:
+    """Say why what a dependency takes cannot be put into a key."""
+    name = getattr(dependant.call, "__name__", type(dependant.call).__name__)
+    if dependant.request_param_name or dependant.http_connection_param_name:
+        return f"{name}() takes the whole request, and nobody can tell what it reads of it"
+    if dependant.background_tasks_param_name:
+        return f"{name}() takes BackgroundTasks, which a stored response would not start"
+    if dependant.body_params:
+        return f"{name}() reads the body"
+    for field in (*dependant.header_params, *dependant.cookie_params):
+        model = field.field_info.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel) and model.model_config.get("extra") == "allow":
+            return f"{name}() takes every header or cookie there is"
+    return None
+
+
+def _fingerprint(route: Any, ttl: float) -> str:
+    """Digest whatever makes two releases of a route answer differently from the same rows."""
+    model = route.response_model
+    schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
+    shape = (
+        route.response_model_include,
+        route.response_model_exclude,
+        route.response_model_by_alias,
+        route.response_model_exclude_unset,
+        route.response_model_exclude_defaults,
+        route.response_model_exclude_none,
+        route.status_code,
+    )
+    return blake2b(repr((route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
+
+
+# Checks: each builds a small app and tries on it what the parts above rely on
+
+
+@functools.cache
+def works(check: Callable[[], None]) -> bool:
+    """Try a mechanism once; where FastAPI has changed under it, say so in one ERROR."""
+    try:
+        check()
+    except Exception as error:
+        part = (check.__doc__ or "").rstrip(".")
+        logger.error(
+            "Overdrive is not made for FastAPI %s, and goes without one part: %s. (%r)",
+            fastapi_version,
+            part,
+            error,
+        )
+        return False
+    return True
+
+
+def _specimen() -> tuple[FastAPI, Site]:
+    app, router, mounted = FastAPI(), APIRouter(), FastAPI()
+
+    async def endpoint(q: int = 0) -> int:
+        return q
+
+    router.add_api_route("/direct/{item}", endpoint)
+    app.include_router(router, prefix="/included")
+    mounted.add_api_route("/inner", endpoint)
+    app.mount("/mounted", mounted)
+    found = list(sites(app))
+    assert [site.template for site in found] == ["/included/direct/{item}", "/mounted/inner"]
+    return app, found[0]
+
+
+def check_walk() -> None:
+    """Page parameters, cached routes and the refusal of misuse: the routes of an app cannot be listed."""
+    _app, site = _specimen()
+    assert [call.name for call in site.route.dependant.query_params] == ["q"]
+    assert site.route.endpoint is site.route.dependant.call
+
+
+def check_added_dependency() -> None:
+    """Page parameters: a dependency cannot be added to a route."""
+    app, site = _specimen()
+    add_dependency(site, page_dependency("page", PaginationSettings()))
+    operation = app.openapi()["paths"]["/included/direct/{item}"]["get"]
+    assert {"page", "size"} <= {parameter["name"] for parameter in operation["parameters"]}
+
+
+def check_replaced_call() -> None:
+    """Cached routes: an endpoint cannot be replaced."""
+    _app, site = _specimen()
+    place: Any = get_flat_params(site.route.dependant)[0].field_info
+    assert place.in_.value == "query"
+    call = _answered_from_cache(site.route.dependant.call)
+    site.route.dependant.call = call
+    assert next(sites(_app)).route.dependant.call is call

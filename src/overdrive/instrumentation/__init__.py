@@ -1,0 +1,1 @@
+"""What happened, as frozen events that any callable can listen to."""

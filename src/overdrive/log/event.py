@@ -1,0 +1,217 @@
+"""A log record as one JSON line. Pure, but for the source lines `traceback` reads to show an exception.
+
+A line is valid JSON whatever the record holds: what cannot be encoded is shown by its `repr`, a lone
+surrogate as the text `\\udXXX`. No character that could forge or disguise a line in a terminal leaves here
+unescaped.
+
+A bound or extra field whose name is taken (`message`, `timestamp`, and on a request's event `status` and the
+like) gets an underscore appended: `message_`.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from overdrive.context import RequestContext
+from overdrive.instrumentation.events import RequestEvent
+
+_IDS = ("request_id", "trace_id", "span_id")
+_FIXED = frozenset(
+    {"timestamp", "severity", "logger", "message", "format_error", "exception", "stack", *_IDS},
+)
+_EVENT = tuple(name for name in RequestEvent.__slots__ if name not in {*_IDS, "fields"})
+
+#: `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its own formatter.
+_STANDARD = frozenset(
+    {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"},
+)
+
+#: Controls, line separators and bidirectional overrides. To `str.isprintable` none of them is printable.
+_ESCAPES = {
+    code: f"\\u{code:04x}"
+    for code in (
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        *(0x061C, 0x200E, 0x200F, 0x2028, 0x2029),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    )
+} | {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
+
+
+def encode(record: logging.LogRecord, context: RequestContext | None, fields: Mapping[str, Any]) -> bytes:
+    """Return `record` as one JSON line, ended by a line feed.
+
+    context: the request it was logged in, whose ids it gets.
+    fields: what `bind` added there; the record's own `extra` wins over them.
+
+    `extra={"event": RequestEvent(...)}` becomes top-level fields, and the event's ids win over the context's.
+    """
+    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    line = _head(record)
+    if isinstance(event := extra.get("event"), RequestEvent):
+        del extra["event"]
+        line |= _ids(event) | {name: getattr(event, name) for name in _EVENT}
+        fields = {**fields, **event.fields}
+    elif context is not None:
+        line |= _ids(context)
+    _add(line, {**fields, **extra})
+    if isinstance(record.exc_info, tuple) and record.exc_info[0] is not None:
+        line["exception"] = _exception(*record.exc_info)
+    if record.stack_info:
+        line["stack"] = record.stack_info
+    return _json_line(line)
+
+
+def encode_text(text: str) -> bytes:
+    """Return `text` as one line, its control characters and line breaks escaped, ended by a line feed."""
+    return _utf8(_escaped(text)).encode() + b"\n"
+
+
+def encode_notice(created: float, levels: Mapping[str, int], reasons: Mapping[str, int]) -> bytes:
+    """Return the JSON line that stands for lines that were dropped.
+
+    created: seconds since the epoch.
+    levels, reasons: how many were dropped, by level name and by reason; two views of the same lines.
+    """
+    return _json_line(
+        {
+            "timestamp": _timestamp(created),
+            "severity": "WARNING",
+            "logger": "overdrive.log",
+            "message": "log lines were dropped",
+            "dropped": levels,
+            "reasons": reasons,
+        }
+    )
+
+
+def safe_repr(value: object) -> str:
+    """Return `repr(value)`, or a substitute where that raises."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"<unprintable {type(value).__name__}>"
+
+
+def _head(record: logging.LogRecord) -> dict[str, Any]:
+    line = {
+        "timestamp": _timestamp(record.created),
+        "severity": record.levelname,
+        "logger": record.name,
+    }
+    try:
+        return line | {"message": record.getMessage()}
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_safe_str(error)}"
+        return line | {"message": _safe_str(record.msg), "format_error": reason}
+
+
+def _ids(source: RequestContext | RequestEvent) -> dict[str, str]:
+    return {name: value for name in _IDS if (value := getattr(source, name)) is not None}
+
+
+def _add(line: dict[str, Any], fields: Mapping[Any, Any]) -> None:
+    for key, value in fields.items():
+        name = _name(key)
+        while name in line or name in _FIXED:
+            name += "_"
+        line[name] = value
+
+
+def _timestamp(created: float) -> str | None:
+    try:
+        seconds, microseconds = divmod(round(created * 1_000_000), 1_000_000)
+        return f"{_second(seconds)}.{microseconds:06}Z"
+    except (ValueError, OverflowError, OSError):  # not a moment of our calendar
+        return None
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _exception(kind: type[BaseException], error: BaseException, trace: Any) -> dict[str, str]:
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return {
+        "type": module + kind.__qualname__,
+        "message": _safe_str(error),
+        "stacktrace": _stacktrace(kind, error, trace),
+    }
+
+
+def _stacktrace(kind: type[BaseException], error: BaseException, trace: Any) -> str:
+    try:
+        return "".join(traceback.TracebackException(kind, error, trace, compact=True).format())
+    except Exception:  # the exception's own attributes raise: its frames are still worth having
+        return "".join(traceback.format_tb(trace))
+
+
+def _safe_str(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:
+        return f"<unprintable {type(value).__name__}>"
+
+
+def _json_line(line: dict[str, Any]) -> bytes:
+    try:
+        encoded = msgspec.json.encode(line, enc_hook=_substitute)
+    except Exception:
+        encoded = msgspec.json.encode({_name(key): _encodable(value) for key, value in line.items()})
+    if encoded.isascii() and b"\x7f" not in encoded:
+        return encoded + b"\n"
+    return _escaped(encoded.decode()).encode() + b"\n"
+
+
+def _substitute(value: object) -> str:
+    """Return what stands for an object msgspec cannot encode; a subclass of `str` is one of them."""
+    return str.__str__(value) if isinstance(value, str) else safe_repr(value)
+
+
+def _encodable(value: object) -> Any:
+    try:
+        return _plain(value, frozenset())
+    except Exception:  # nested too deeply, or a container whose own methods raise
+        return _utf8(safe_repr(value))
+
+
+def _plain(value: object, parents: frozenset[int]) -> Any:
+    """Return `value` as something every JSON encoder takes. `parents` are the ids of what contains it."""
+    if isinstance(value, str):
+        return _utf8(value)
+    if not isinstance(value, dict | list | tuple | set | frozenset):
+        return _leaf(value)
+    if id(value) in parents:
+        return _utf8(safe_repr(value))
+    parents |= {id(value)}
+    if isinstance(value, dict):
+        return {_name(key): _plain(item, parents) for key, item in value.items()}
+    return [_plain(item, parents) for item in value]
+
+
+def _leaf(value: object) -> Any:
+    try:
+        return msgspec.Raw(msgspec.json.encode(value, enc_hook=_substitute))
+    except Exception:
+        return _utf8(safe_repr(value))
+
+
+def _name(key: object) -> str:
+    return _utf8(key if isinstance(key, str) else safe_repr(key))
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _escaped(text: str) -> str:
+    return text if text.isprintable() else text.translate(_ESCAPES)

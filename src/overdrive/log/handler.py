@@ -1,0 +1,111 @@
+"""The handler for the standard library's logging that never makes its caller wait for a file or a pipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from typing import TextIO
+
+from overdrive.context import bound, current
+from overdrive.errors import ConfigurationError
+
+from .event import encode, encode_notice, encode_text, safe_repr
+from .queue import Stats, by_level, by_reason
+from .writer import Dropped, FileSink, StreamSink, Writer
+
+#: Seconds `flush` and `close` wait for a stalled sink.
+_TIMEOUT = 2.0
+
+
+class LogHandler(logging.Handler):
+    """Turns each record into one JSON line, or with a formatter into one line of its text; writes it behind.
+
+    path: a file to append to, opened with the first record and again after logrotate has moved it.
+    stream: an open text stream instead; `sys.stderr` where neither is given.
+    level: the lowest level it takes.
+    max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
+        the stream. An eighth of it is kept for ERROR and above.
+
+    Raises `ConfigurationError` where both `path` and `stream` are given.
+
+    A record is encoded where it is logged, so that its arguments are shown as they were. After `close`, which
+    `logging.config` calls on the handlers it finds, records are written by their callers.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        stream: TextIO | None = None,
+        level: int | str = logging.NOTSET,
+        max_bytes: int = 8 * 1024 * 1024,
+    ) -> None:
+        if path is not None and stream is not None:
+            raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        super().__init__(level)
+        sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
+        self._writer = Writer(sink, max_bytes, self._notice)
+        self._encoding = _Encoding()
+
+    @property
+    def stats(self) -> Stats:
+        """What became of the records of this process so far."""
+        return self._writer.stats
+
+    def createLock(self) -> None:  # noqa: N802
+        """Make none: there is nothing to take turns for."""
+        self.lock = None
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Emit `record` unless a filter rejects it; return whether none did."""
+        kept: bool | logging.LogRecord = self.filter(record)
+        if kept:  # since Python 3.12 it may be another record
+            self.emit(kept if isinstance(kept, logging.LogRecord) else record)
+        return bool(kept)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Encode `record` and leave it to the writer."""
+        if self._encoding.active or self._writer.is_writing:
+            self._writer.drop(record.levelno, "recursion")
+            return
+        self._encoding.active = True
+        try:
+            line = self._line(record)
+        except Exception:
+            self._writer.drop(record.levelno, "encoding")
+            return
+        finally:
+            self._encoding.active = False
+        self._writer.put(record.levelno, line)
+
+    def flush(self) -> None:
+        """Wait until what was logged so far is written, at most 2 seconds."""
+        self._writer.flush(_TIMEOUT)
+
+    def close(self) -> None:
+        """Write what is left, in at most 2 seconds, and from now on write each record as it comes."""
+        self._writer.close(_TIMEOUT)
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        if self.formatter is None:
+            return encode(record, current(), bound())
+        try:
+            return encode_text(self.formatter.format(record))
+        except Exception as error:
+            return encode(record, current(), {**bound(), "formatter_error": safe_repr(error)})
+
+    def _notice(self, dropped: Dropped) -> bytes:
+        levels = by_level(dropped)
+        if self.formatter is None:
+            return encode_notice(time.time(), levels, by_reason(dropped))
+        counts = ", ".join(f"{level} {count}" for level, count in levels.items())
+        return encode_text(f"log lines were dropped: {counts}")
+
+
+class _Encoding(threading.local):
+    """Whether this thread is in the middle of encoding a record."""
+
+    active = False

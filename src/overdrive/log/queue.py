@@ -1,0 +1,141 @@
+"""Encoded lines on their way to the writer, bounded in bytes, and the ledger of what became of each."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+#: Why a line was not written: the buffer was `full`, the `sink` failed, it was logged while another one was
+#: encoded or written (`recursion`), or its record could not be turned into a line at all (`encoding`).
+Reason = Literal["full", "sink", "recursion", "encoding"]
+
+#: A level number, and the bytes.
+Line = tuple[int, bytes]
+
+#: Bytes a line takes besides its text: two objects' headers and a slot. Short lines are bounded by them.
+_OVERHEAD = 128
+#: Bytes from which the writer is not left to its tick.
+_EARLY = 32 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What became of the lines of this process: `emitted == written + sum(dropped.values()) + pending`.
+
+    dropped: lines by level name.
+    pending: lines that are buffered or being written.
+    """
+
+    emitted: int
+    written: int
+    dropped: dict[str, int]
+    pending: int
+
+
+class Buffer:
+    """A queue of lines for one consumer that never keeps its producers waiting.
+
+    max_bytes: memory the lines may take, those being written included. The last eighth is for ERROR and up.
+
+    The lock is reentrant, for a signal handler that logs, and is held for no more than a few statements;
+    `reset` makes a new one in a forked child, where a thread that no longer exists may have held it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._limit = max_bytes
+        self._limit_below_error = max_bytes - max_bytes // 8
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every line and count, as a forked child must: they are its parent's."""
+        self._lock = threading.RLock()
+        self._lines: deque[Line] = deque()
+        self._size = 0
+        self._emitted = 0
+        self._written = 0
+        self._dropped: defaultdict[tuple[Reason, int], int] = defaultdict(int)
+        #: Lines that were ever appended, and those of them that are written or dropped. Both go up in order.
+        self.accepted = 0
+        self.settled = 0
+        #: Whether what is buffered should be written without waiting for the tick.
+        self.urgent = False
+
+    def put(self, level: int, line: bytes) -> bool:
+        """Append `line`, or drop it where there is no room. Return whether the writer must be woken."""
+        cost = len(line) + _OVERHEAD
+        limit = self._limit if level >= logging.ERROR else self._limit_below_error
+        with self._lock:
+            self._emitted += 1
+            first = not self._lines
+            if self._size + cost > limit:
+                self._dropped["full", level] += 1
+                return first
+            self._size += cost
+            self.accepted += 1
+            hurry = not self.urgent and (level >= logging.ERROR or self._size >= _EARLY)
+            self.urgent = self.urgent or hurry
+            self._lines.append((level, line))
+        return first or hurry
+
+    def drop(self, level: int, reason: Reason) -> None:
+        """Count a line that never became one."""
+        with self._lock:
+            self._emitted += 1
+            self._dropped[reason, level] += 1
+
+    def take(self, max_bytes: int) -> list[Line]:
+        """Remove and return the oldest lines, up to the one that reaches `max_bytes`. Settle them after."""
+        batch: list[Line] = []
+        size = 0
+        with self._lock:
+            self.urgent = False
+            while self._lines and size < max_bytes:
+                batch.append(self._lines.popleft())
+                size += len(batch[-1][1])
+        return batch
+
+    def settle(self, batch: Sequence[Line], written: int) -> None:
+        """Count the first `written` lines of `batch` as written, and the others as dropped by the sink."""
+        with self._lock:
+            self._size -= sum(len(line) + _OVERHEAD for _, line in batch)
+            self._written += written
+            for level, _ in batch[written:]:
+                self._dropped["sink", level] += 1
+            self.settled += len(batch)
+
+    @property
+    def dropped(self) -> Counter[tuple[Reason, int]]:
+        """Lines that were dropped, by reason and level number."""
+        with self._lock:
+            return Counter(self._dropped)
+
+    @property
+    def stats(self) -> Stats:
+        """The ledger, all of it read at one moment."""
+        with self._lock:
+            return Stats(
+                emitted=self._emitted,
+                written=self._written,
+                dropped=by_level(Counter(self._dropped)),
+                pending=self.accepted - self.settled,
+            )
+
+
+def by_level(dropped: Counter[tuple[Reason, int]]) -> dict[str, int]:
+    """Sum up by level name."""
+    levels: Counter[str] = Counter()
+    for (_, level), count in dropped.items():
+        levels[logging.getLevelName(level)] += count
+    return dict(levels)
+
+
+def by_reason(dropped: Counter[tuple[Reason, int]]) -> dict[str, int]:
+    """Sum up by reason."""
+    reasons: Counter[str] = Counter()
+    for (reason, _), count in dropped.items():
+        reasons[reason] += count
+    return dict(reasons)

@@ -1,0 +1,181 @@
+"""The request path, pure ASGI: the observer outside everything, guard and cache just before the router.
+
+Between the two stand the app's own middlewares, so that CORS, authentication and rate limits see hits and misses
+alike, and the request's event sees what they did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .context import RequestContext, current, serving
+from .instrumentation.events import RequestEvent, publish
+from .pool.guard import CommitFailed, SendGuard
+
+if TYPE_CHECKING:
+    from .installer import Installation
+
+request_log = logging.getLogger("overdrive.request")
+
+#: https://www.w3.org/TR/trace-context/#traceparent-header
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+
+
+class Observer:
+    """Outermost: makes the request's context, and tells its one event whatever becomes of it."""
+
+    def __init__(self, app: ASGIApp, installation: Installation) -> None:
+        self.app = app
+        self._installation = installation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one scope."""
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+            return
+        self._installation.install()
+        await self._serve(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._installation.install()
+            elif message["type"] == "lifespan.shutdown.complete":
+                await self._installation.shut_down()
+            await send(message)
+
+        await self.app(scope, receive, told)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        installation = self._installation
+        context = _context_of(scope, installation)
+        id_header = installation.request_id_header, context.request_id.encode()
+        complete = False
+
+        async def observed(message: Message) -> None:
+            nonlocal complete
+            kind = message["type"]
+            if kind == "http.response.start":
+                context.status = message["status"]
+                message["headers"] = [*message.get("headers", ()), id_header]
+            elif kind == "http.response.body":
+                context.bytes_sent += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
+            elif kind in ("http.response.pathsend", "websocket.close"):
+                complete = True
+            await send(message)
+
+        started = time.perf_counter()
+        with serving(context):
+            try:
+                await self.app(scope, receive, observed)
+                if context.status is not None and context.status >= 500:
+                    context.outcome = "error"
+                elif not complete and scope["type"] == "http":
+                    context.outcome = "disconnected"
+            except asyncio.CancelledError:
+                context.outcome = "cancelled"
+                raise
+            except BaseException:
+                context.outcome = "error"
+                raise
+            finally:
+                context.duration = time.perf_counter() - started
+                context.route = context.route or installation.route_of(scope)
+                self._tell(RequestEvent.of(context))
+
+    def _tell(self, event: RequestEvent) -> None:
+        publish(event)
+        if self._installation.logs_events and request_log.isEnabledFor(logging.INFO):
+            request_log.info(
+                "%s %s %s %.1f ms",
+                event.method,
+                event.path,
+                event.status if event.status is not None else event.outcome,
+                event.duration * 1000,
+                extra={"event": event},
+            )
+
+
+def _context_of(scope: Scope, installation: Installation) -> RequestContext:
+    traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    trace = _TRACEPARENT.fullmatch(traceparent)
+    return RequestContext(
+        request_id=os.urandom(8).hex(),
+        method=scope.get("method", "WEBSOCKET"),
+        path=scope["path"],
+        query=scope["query_string"].decode("latin-1"),
+        cursor_key=installation.cursor_key,
+        runtime=installation.runtime,
+        trace_id=trace[1].decode() if trace else None,
+        span_id=trace[2].decode() if trace else None,
+    )
+
+
+class RequestPath:
+    """Innermost: what the router sends passes the guard, which commits, and the cache, which keeps it."""
+
+    def __init__(self, app: ASGIApp, installation: Installation) -> None:
+        self.app = app
+        self._installation = installation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one scope."""
+        context = current()
+        if context is None or scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        self._installation.begin(context)
+        guard = SendGuard(context, _recorded(context, send))
+        failure: Exception | None = None
+        try:
+            await self.app(scope, receive, guard.send)
+        except CommitFailed as failed:
+            failure = failed.error
+        finally:
+            await guard.abandon()
+        if failure is not None:
+            await _answer(failure, scope, receive, send)
+
+
+def _recorded(context: RequestContext, send: Send) -> Send:
+    """Let the cache see, mark and keep what is sent, on the routes that are cached."""
+
+    async def recorded(message: Message) -> None:
+        exchange = context.exchange
+        if exchange is None:
+            await send(message)
+        elif message["type"] == "http.response.start":
+            headers = exchange.start(message["status"], message.get("headers", ()))
+            await send({**message, "headers": headers})
+        else:
+            await send(message)
+            if message["type"] == "http.response.body":
+                await exchange.body(message.get("body", b""), more=message.get("more_body", False))
+
+    return recorded
+
+
+async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a failed commit as the app answers any exception: with its own handler, else as a server error."""
+    handlers: dict[Any, Any] = scope["app"].exception_handlers
+    kinds = [getattr(error, "status_code", None), *type(error).__mro__]
+    # `Exception` is the server error handler's: it also re-raises, for the server to log.
+    handler = next((handlers[kind] for kind in kinds if kind in handlers and kind is not Exception), None)
+    if handler is None:
+        raise error
+    request = Request(scope, receive)
+    if asyncio.iscoroutinefunction(handler):
+        response = await handler(request, error)
+    else:
+        response = await run_in_threadpool(handler, request, error)
+    await response(scope, receive, send)

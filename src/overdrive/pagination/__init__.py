@@ -1,0 +1,1 @@
+"""Pages of a statement's rows, by number or by cursor."""

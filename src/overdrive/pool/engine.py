@@ -1,0 +1,169 @@
+"""Engines: from a URL to a pool that is ready for a service, or to one clear sentence why not."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import URL, Engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool, StaticPool
+
+from ..errors import ConfigurationError
+
+#: The driver a URL without one gets, and the driver that can do the same for synchronous code.
+_ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
+_SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
+_EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
+
+
+def create_engine(
+    url: str | URL,
+    *,
+    pool_size: int = 10,
+    max_overflow: int = 20,
+    pool_timeout: float = 30,
+    pool_recycle: int = 1800,
+    **options: Any,
+) -> AsyncEngine:
+    """Create an async engine with a bounded pool.
+
+    url: the database; `postgresql://` and `sqlite://` get their async driver.
+    pool_size: connections kept open.
+    max_overflow: connections opened beyond `pool_size`, closed when returned.
+    pool_timeout: seconds a checkout waits before it fails.
+    pool_recycle: seconds after which a connection is replaced at its next checkout; -1 never.
+    options: whatever else `sqlalchemy.ext.asyncio.create_async_engine` takes.
+
+    Raises `ConfigurationError` for a malformed URL, a bad number or a driver that is not installed.
+    """
+    target = _parsed(url)
+    if target.drivername in _ASYNC_DRIVERS:
+        target = target.set(drivername=f"{target.get_backend_name()}+{_ASYNC_DRIVERS[target.drivername]}")
+    pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
+    with _explained(target):
+        engine = create_async_engine(target, **pooling, **options)
+    _prepare_our_own(engine.sync_engine)
+    return engine
+
+
+def create_sync_engine(
+    url: str | URL,
+    *,
+    pool_size: int = 10,
+    max_overflow: int = 20,
+    pool_timeout: float = 30,
+    pool_recycle: int = 1800,
+) -> Engine:
+    """Create the engine that synchronous code uses for the same database as `create_engine(url)`."""
+    target = _parsed(url)
+    backend = target.get_backend_name()
+    name = (
+        f"{backend}+{_ASYNC_DRIVERS[target.drivername]}" if target.drivername in _ASYNC_DRIVERS else target.drivername
+    )
+    target = target.set(drivername=_SYNC_DRIVERS.get(name, name))
+    pooling = _pooling(target, {}, pool_size, max_overflow, pool_timeout, pool_recycle)
+    with _explained(target):
+        engine = sqlalchemy.create_engine(target, **pooling)
+    _prepare_our_own(engine)
+    return engine
+
+
+def _parsed(url: str | URL) -> URL:
+    try:
+        target = make_url(url)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "the database URL cannot be read; it looks like postgresql://user:password@host:5432/name "
+            "or sqlite:///file.sqlite"
+        ) from None
+    if target.drivername == "postgres":
+        return target.set(drivername="postgresql")
+    return target
+
+
+def _pooling(
+    url: URL, options: dict[str, Any], size: int, overflow: int, timeout: float, recycle: int
+) -> dict[str, Any]:
+    if size < 1 or overflow < 0 or timeout <= 0 or recycle < -1:
+        raise ConfigurationError(
+            "a pool needs pool_size >= 1, max_overflow >= 0, pool_timeout > 0 and pool_recycle >= -1; "
+            f"got {size}, {overflow}, {timeout} and {recycle}"
+        )
+    in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
+    if in_memory or options.get("poolclass") in (NullPool, StaticPool):
+        return {}
+    return {
+        "pool_size": size,
+        "max_overflow": overflow,
+        "pool_timeout": timeout,
+        "pool_recycle": recycle,
+    }
+
+
+@contextlib.contextmanager
+def _explained(url: URL) -> Any:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        install = f"pip install 'overdrive[{extra}]'" if extra else f"pip install {error.name}"
+        raise ConfigurationError(f"{url.drivername} needs {error.name}, which is missing: {install}") from None
+    except NoSuchModuleError:
+        raise ConfigurationError(f"SQLAlchemy knows no database called {url.drivername!r}") from None
+    except InvalidRequestError as error:
+        raise ConfigurationError(f"{url.drivername} cannot be used here: {error}") from None
+
+
+def prepare(engine: Engine) -> None:
+    """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
+    if engine.dialect.driver == "asyncpg":
+        event.listen(engine, "connect", _end_abandoned_queries)
+
+
+def _prepare_our_own(engine: Engine) -> None:
+    prepare(engine)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _behave_like_a_server)
+
+
+def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
+    """Have the server notice within 100 ms that a client went away in the middle of a query.
+
+    A cancelled query's connection is closed by asyncpg before its own cancel request has left, and the backend
+    would go on to the end of its statement. PostgreSQL 14 and later can watch the socket.
+    """
+    if dbapi_connection.driver_connection.get_server_version().major < 14:
+        return
+    # Not every platform lets the server watch a socket; there the setting is refused.
+    with contextlib.suppress(Exception):
+        dbapi_connection.run_async(
+            lambda connection: connection.execute("SET client_connection_check_interval = '100ms'")
+        )
+
+
+def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
+    """Enforce foreign keys, and use the write-ahead log, where no reader waits for the writer (sqlite.org/wal.html)."""
+    cursor = dbapi_connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    # A read-only file or an old file system cannot be switched, and works as before.
+    with contextlib.suppress(sqlite3.OperationalError):
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.close()
+
+
+async def ping(engine: AsyncEngine) -> None:
+    """Ask the database for an answer; `ConfigurationError` says in one line why it gave none."""
+    where = engine.url.render_as_string(hide_password=True)
+    try:
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+    except Exception as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()
+        raise ConfigurationError(
+            f"the database {where} cannot be reached: {reason[0] if reason else error!r}"
+        ) from None

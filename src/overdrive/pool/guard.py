@@ -1,0 +1,53 @@
+"""The send guard: a request's sessions end before the first byte of its response leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ..context import RequestContext
+from .observe import to_the_end
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class CommitFailed(BaseException):
+    """Carries a failed commit past everything between the response and the guard.
+
+    Not an `Exception`: Starlette turns those into "response already started" once a response has begun, and an
+    endpoint's own `except Exception` would swallow it.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class SendGuard:
+    """Commits or rolls back at `http.response.start`, then lets the message pass.
+
+    When the commit fails, nothing of the response leaves: `CommitFailed` is raised into whoever sends it.
+    """
+
+    def __init__(self, context: RequestContext, send: Send) -> None:
+        self._context = context
+        self._send = send
+        self._failed = False
+
+    async def send(self, message: Message) -> None:
+        """Pass `message` on once the request's sessions have ended."""
+        if self._failed:
+            return
+        if message["type"] == "http.response.start" and self._context.work:
+            try:
+                for unit in self._context.work:
+                    await to_the_end(unit.end(message["status"]))
+            except Exception as error:
+                self._failed = True
+                raise CommitFailed(error) from error
+        await self._send(message)
+
+    async def abandon(self) -> None:
+        """Roll back whatever has not ended."""
+        for unit in self._context.work:
+            await to_the_end(unit.abandon())

@@ -1,0 +1,360 @@
+"""Statements and commits of an engine, seen where they reach the driver.
+
+`before_cursor_execute` sees flushes, bulk statements, Core and association tables alike; the dialect's own
+`do_commit` is the only place that knows how a COMMIT ended. The state of a transaction is kept with its DBAPI
+connection, so that every `Connection` and `Session` on it shares it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.engine.interfaces import ExecutionContext
+from sqlalchemy.util import await_only
+
+from ..context import collectors, current
+from ..instrumentation.events import StatementEvent, listening, publish
+from .statement import EVERYTHING, Facts, facts_of
+
+logger = logging.getLogger("overdrive")
+
+T = TypeVar("T")
+
+
+class Outcome(enum.Enum):
+    """How a COMMIT ended, as far as this process can know."""
+
+    COMMITTED = "committed"
+    ROLLED_BACK = "rolled_back"
+    #: The answer was lost, or the wait for it was cancelled: the rows may be there or not.
+    UNKNOWN = "unknown"
+
+
+class CommitObserver(Protocol):
+    """Is told of every commit that wrote something, before and after it.
+
+    `before` may raise to refuse the commit; `after` runs to its end even when the waiting task is cancelled.
+    A released savepoint is reported like a commit, and its writes again with the commit that follows: under an
+    outer transaction that never commits here (a test's, a script's) it is the only report there will be.
+    """
+
+    async def before(self, writes: frozenset[str]) -> Any:
+        """Prepare for `writes` (tags) to become visible; what is returned is handed to `after`."""
+
+    async def after(self, token: Any, outcome: Outcome) -> None:
+        """Learn how the commit that `before` announced has ended."""
+
+
+class _Transaction:
+    """What is known of a DBAPI connection between two ends of a transaction."""
+
+    __slots__ = ("began", "facts", "relaxed", "started", "token", "writes")
+
+    def __init__(self) -> None:
+        #: Whether the database has been asked for anything but plain reads since the last end.
+        self.began = False
+        #: Whether the driver has been told not to begin one.
+        self.relaxed = False
+        self.writes: set[str] = set()
+        self.facts: Facts | None = None
+        self.started = 0.0
+        self.token: Any = None
+
+    def end(self) -> None:
+        self.began = False
+        self.writes.clear()
+
+
+class Observation:
+    """One engine under observation.
+
+    engine: the synchronous face of the engine (`AsyncEngine.sync_engine`).
+    name: what its tags start with; the same in every process that writes to the same database.
+    observer: is told of commits.
+
+    On PostgreSQL at READ COMMITTED, a plain SELECT that comes before anything else in its transaction runs
+    without one: each statement takes its own snapshot either way, and BEGIN and ROLLBACK are two round trips.
+    A transaction begins with the first statement that is not a plain SELECT.
+    """
+
+    def __init__(self, engine: Engine, name: str, observer: CommitObserver | None = None) -> None:
+        self.engine = engine
+        self.name = name
+        self.observer = observer
+        #: The loop on which a synchronous engine's commits are reported, once one serves.
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._everything = f"{name}/{EVERYTHING}"
+        self._tags: dict[Facts, tuple[frozenset[str], frozenset[str]]] = {}
+        self._listen()
+
+    def _listen(self) -> None:
+        event.listen(self.engine, "before_cursor_execute", self._before_cursor_execute)
+        event.listen(self.engine, "after_cursor_execute", self._after_cursor_execute)
+        event.listen(self.engine, "handle_error", self._handle_error)
+        event.listen(self.engine, "checkin", self._checkin)
+        dialect: Any = self.engine.dialect
+        dialect.do_commit = self._committing(dialect.do_commit)
+        dialect.do_commit_twophase = self._committing(dialect.do_commit_twophase)
+        dialect.do_rollback = self._rolling_back(dialect.do_rollback)
+        dialect.do_release_savepoint = self._releasing(dialect.do_release_savepoint)
+        engine: Any = self.engine
+        engine.raw_connection = self._checking_out(engine.raw_connection)
+
+    # Statements: the seam. A fetch that goes past SQLAlchemy's cursor calls `started` and `finished` itself.
+
+    def started(self, info: dict[Any, Any], facts: Facts, *, autocommit: bool) -> None:
+        """Note that a statement with `facts` is about to run on the connection with `info`."""
+        transaction = _transaction_of(info)
+        transaction.facts = facts
+        reads, writes = self._tags_of(facts)
+        for collector in collectors():
+            collector.tags |= reads
+            if facts.unknown:
+                collector.unknown.append(facts.unknown)
+        if writes:
+            transaction.writes |= writes
+            if (context := current()) is not None:
+                context.wrote |= writes
+            if autocommit and self.observer is not None:
+                transaction.token = self._wait(self.observer.before(writes))
+        transaction.started = time.perf_counter()
+
+    def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
+        """Note that the statement last started on the connection with `info` was answered."""
+        transaction = _transaction_of(info)
+        duration = time.perf_counter() - transaction.started
+        facts, transaction.facts = transaction.facts, None
+        if (context := current()) is not None:
+            context.statements += 1
+            context.database_time += duration
+            context.rows += max(rows, 0)
+        if facts is None:
+            return
+        if listening():
+            reads, writes = self._tags_of(facts)
+            transactional = transaction.began and not autocommit
+            publish(StatementEvent(self.name, sql, duration, rows, reads, writes, transactional))
+        if autocommit and facts.writes:
+            self._report(transaction, Outcome.COMMITTED)
+
+    def _tags_of(self, facts: Facts) -> tuple[frozenset[str], frozenset[str]]:
+        tags = self._tags.get(facts)
+        if tags is None:
+            reads = frozenset(f"{self.name}/{table}" for table in facts.reads)
+            writes = frozenset(f"{self.name}/{table}" for table in facts.writes)
+            # A write that could not be read must outdate every reading of this engine.
+            tags = self._tags[facts] = (reads | {self._everything} if reads else reads, writes)
+        return tags
+
+    def _before_cursor_execute(
+        self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
+    ) -> None:
+        facts = facts_of(context, sql)
+        autocommit = self._is_autocommit(connection)
+        if not autocommit:
+            self._begin_late(connection, context, facts)
+        self.started(connection.info, facts, autocommit=autocommit)
+
+    def _after_cursor_execute(
+        self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
+    ) -> None:
+        self.finished(connection.info, sql, cursor.rowcount, autocommit=self._is_autocommit(connection))
+
+    def _handle_error(self, failure: ExceptionContext) -> None:
+        connection = failure.connection
+        if connection is None or connection.invalidated or connection.closed:
+            return
+        transaction = _transaction_of(connection.info)
+        facts, transaction.facts = transaction.facts, None
+        if facts is not None and facts.writes and self._is_autocommit(connection):
+            self._report(transaction, Outcome.UNKNOWN)
+
+    def _begin_late(self, connection: Connection, context: ExecutionContext, facts: Facts) -> None:
+        """Let the driver send BEGIN only when a statement needs the transaction it opens."""
+        transaction = _transaction_of(connection.info)
+        if transaction.began:
+            return
+        plain = facts.plain and not _streams(context)
+        if self._reads_need_no_transaction(connection):
+            dbapi_connection: Any = connection.connection.dbapi_connection
+            if transaction.relaxed != plain:
+                transaction.relaxed = dbapi_connection.autocommit = plain
+            transaction.began = not plain
+        else:
+            # SQLite begins by itself before the first write, and reads outside a transaction.
+            transaction.began = not (plain and self.engine.dialect.name == "sqlite")
+
+    def _reads_need_no_transaction(self, connection: Connection) -> bool:
+        dialect: Any = self.engine.dialect
+        return (
+            dialect.driver in ("asyncpg", "psycopg", "psycopg_async")
+            and dialect.default_isolation_level == "READ COMMITTED"
+            and getattr(dialect, "_on_connect_isolation_level", "unknown") in (None, "READ COMMITTED")
+            and connection.get_execution_options().get("isolation_level") in (None, "READ COMMITTED")
+        )
+
+    def _is_autocommit(self, connection: Connection) -> bool:
+        level = connection.get_execution_options().get("isolation_level")
+        if level is None:
+            level = getattr(self.engine.dialect, "_on_connect_isolation_level", None)
+        return bool(level == "AUTOCOMMIT")
+
+    # Ends of transactions
+
+    def _committing(self, commit: Callable[..., None]) -> Callable[..., None]:
+        def do_commit(connection: Any, *args: Any, **kwargs: Any) -> None:
+            transaction = _transaction_of(_info_of(connection))
+            if self.observer is None or not transaction.writes:
+                if not self._is_idle(connection):
+                    commit(connection, *args, **kwargs)
+                transaction.end()
+                return
+            transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
+            outcome = Outcome.UNKNOWN
+            try:
+                commit(connection, *args, **kwargs)
+                outcome = Outcome.COMMITTED
+                transaction.end()
+            except Exception as error:
+                if self._was_answered(error):
+                    # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended.
+                    self.engine.dialect.do_rollback(connection)
+                    outcome = Outcome.ROLLED_BACK
+                raise
+            finally:
+                self._report(transaction, outcome)
+
+        return do_commit
+
+    def _rolling_back(self, rollback: Callable[..., None]) -> Callable[..., None]:
+        def do_rollback(connection: Any) -> None:
+            transaction = _transaction_of(_info_of(connection))
+            if not self._is_idle(connection):
+                rollback(connection)
+            transaction.end()
+
+        return do_rollback
+
+    def _releasing(self, release: Callable[..., None]) -> Callable[..., None]:
+        def do_release_savepoint(connection: Connection, name: str) -> None:
+            transaction = _transaction_of(connection.info)
+            if self.observer is None or not transaction.writes:
+                release(connection, name)
+                return
+            transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
+            outcome = Outcome.UNKNOWN
+            try:
+                release(connection, name)
+                outcome = Outcome.COMMITTED
+            finally:
+                self._report(transaction, outcome)
+
+        return do_release_savepoint
+
+    def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
+        def checkout() -> Any:
+            context = current()
+            if context is None:
+                return raw_connection()
+            asked = time.perf_counter()
+            try:
+                return raw_connection()
+            finally:
+                context.pool_wait += time.perf_counter() - asked
+
+        return checkout
+
+    def _is_idle(self, connection: Any) -> bool:
+        """Say whether SQLite has no transaction open: for aiosqlite, ending none is a trip to its thread."""
+        return bool(self.engine.dialect.driver == "aiosqlite" and not connection.driver_connection.in_transaction)
+
+    def _checkin(self, dbapi_connection: Any, record: Any) -> None:
+        transaction = record.info.get(_KEY)
+        if transaction is None:
+            return
+        transaction.end()
+        if transaction.relaxed and dbapi_connection is not None:
+            transaction.relaxed = dbapi_connection.autocommit = False
+
+    def _was_answered(self, error: Exception) -> bool:
+        """Say whether the server refused the commit, as opposed to the answer being lost."""
+        dialect: Any = self.engine.dialect
+        return isinstance(error, dialect.dbapi.Error) and not dialect.is_disconnect(error, None, None)
+
+    # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
+
+    def _report(self, transaction: _Transaction, outcome: Outcome) -> None:
+        token, transaction.token = transaction.token, None
+        if self.observer is not None:
+            self._wait(to_the_end(self.observer.after(token, outcome)))
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self.engine.dialect.is_async:
+            return await_only(coroutine)
+        return _run_from_thread(coroutine, self.loop)
+
+
+_KEY = "overdrive"
+
+
+def _transaction_of(info: dict[Any, Any]) -> _Transaction:
+    transaction = info.get(_KEY)
+    if transaction is None:
+        transaction = info[_KEY] = _Transaction()
+    return transaction
+
+
+def _info_of(connection: Any) -> dict[Any, Any]:
+    """Return the connection's notes; an engine's very first connection has none yet, nor anything to note."""
+    try:
+        return connection.info  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return {}
+
+
+def _streams(context: ExecutionContext) -> bool:
+    """Say whether rows are fetched through a server-side cursor, which lives in a transaction."""
+    options = context.execution_options
+    return bool(options.get("stream_results") or options.get("yield_per"))
+
+
+_unfinished: set[asyncio.Task[Any]] = set()
+
+
+async def to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Wait for `coroutine`, which goes on to its end when the waiting task is cancelled."""
+    task = asyncio.ensure_future(coroutine)
+    _unfinished.add(task)
+    task.add_done_callback(_unfinished.discard)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_log_failure)
+        raise
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("work that outlived its cancelled request failed", exc_info=error)
+
+
+def _run_from_thread(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | None) -> T:
+    """Run `coroutine` for code that cannot await: on the serving loop from a thread, else on a loop of its own."""
+    try:
+        here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        here = None
+    if loop is not None and loop.is_running() and here is not loop:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+    if here is None:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

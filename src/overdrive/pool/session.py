@@ -1,0 +1,220 @@
+"""Sessions: made lazily, ended once, and loud when used after their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from anyio import CapacityLimiter, to_thread
+from sqlalchemy import Connection, Engine, Executable, Result, event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+
+from ..errors import SessionEndedError
+from .observe import to_the_end
+
+logger = logging.getLogger("overdrive")
+
+#: Says whether a response with this status keeps what its request wrote.
+CommitOn = Callable[[int], bool]
+
+_ENDED = "overdrive_ended"
+
+
+def successful(status: int) -> bool:
+    """Commit for every status below 400, which is what a client takes for success (RFC 9110, section 15)."""
+    return status < 400
+
+
+class Sessions:
+    """Makes the async sessions of one engine.
+
+    maker: a team's own `async_sessionmaker`, or one made by `Sessions.of`.
+    """
+
+    def __init__(self, maker: async_sessionmaker[AsyncSession]) -> None:
+        base = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
+        # A class of its own, so that nobody else's sessions are listened to.
+        self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), {})}
+        self._maker = maker
+        event.listen(self._options["sync_session_class"], "after_transaction_create", _refuse_after_end)
+
+    @classmethod
+    def of(cls, engine: AsyncEngine, session_class: type[AsyncSession] = AsyncSession) -> Sessions:
+        """Make sessions of `session_class` whose objects stay readable after a commit."""
+        return cls(async_sessionmaker(engine, class_=session_class, expire_on_commit=False))
+
+    def open(self) -> AsyncSession:
+        """Return a new session, which takes a connection with its first statement."""
+        return self._maker(**self._options)
+
+    @contextlib.contextmanager
+    def bound_to(self, connection: AsyncConnection) -> Iterator[None]:
+        """Open every session in the block on `connection`, each inside a savepoint of its transaction."""
+        options = self._options
+        self._options = {**options, "bind": connection, "join_transaction_mode": "create_savepoint"}
+        try:
+            yield
+        finally:
+            self._options = options
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> AsyncIterator[AsyncSession]:
+        """Commit at the end of the block, roll back if it raises, and give the connection back either way."""
+        work = AsyncWork(self.open())
+        try:
+            yield work.session
+        except BaseException:
+            await to_the_end(work.abandon())
+            raise
+        await to_the_end(work.end(200))
+
+
+class SyncSessions:
+    """Makes the synchronous sessions of one engine; see `Sessions`."""
+
+    def __init__(self, maker: sessionmaker[Session]) -> None:
+        self._maker = maker
+        self._options: dict[str, Any] = {}
+        event.listen(maker.class_, "after_transaction_create", _refuse_after_end)
+
+    @classmethod
+    def of(cls, engine: Engine, session_class: type[Session] = Session) -> SyncSessions:
+        """Make sessions of `session_class` whose objects stay readable after a commit."""
+        return cls(sessionmaker(engine, class_=session_class, expire_on_commit=False))
+
+    def open(self) -> Session:
+        """Return a new session, which takes a connection with its first statement."""
+        return self._maker(**self._options)
+
+    @contextlib.contextmanager
+    def bound_to(self, connection: Connection) -> Iterator[None]:
+        """Open every session in the block on `connection`, each inside a savepoint of its transaction."""
+        options = self._options
+        self._options = {"bind": connection, "join_transaction_mode": "create_savepoint"}
+        try:
+            yield
+        finally:
+            self._options = options
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[Session]:
+        """Commit at the end of the block, roll back if it raises, and give the connection back either way."""
+        with self.open() as session:
+            yield session
+            session.commit()
+
+
+def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None:
+    if _ENDED in session.info:
+        transaction.close()
+        raise SessionEndedError(
+            "this request's session ended when its response began, and its connection is already serving "
+            "others. Where work goes on after that (background tasks, streams, tasks of your own) take "
+            "`sessions: SessionFactoryDep` and open one there: `async with sessions() as db: ...`"
+        )
+
+
+class AsyncWork:
+    """An async session, and when what it did is kept. `end` and `abandon` act once, whichever comes first."""
+
+    def __init__(self, session: AsyncSession, commit_on: CommitOn = successful) -> None:
+        self.session = session
+        self._commit_on = commit_on
+        self._over = False
+
+    async def end(self, status: int) -> None:
+        """Commit or roll back as the status asks; raises what the commit raises, with nothing kept."""
+        if self._over:
+            return
+        self._over = True
+        try:
+            if self.session.in_transaction() and self._commit_on(status):
+                await self.session.commit()
+        finally:
+            await self._close()
+
+    async def abandon(self) -> None:
+        """Roll back and give the connection back."""
+        if not self._over:
+            self._over = True
+            await self._close()
+
+    async def _close(self) -> None:
+        self.session.sync_session.info[_ENDED] = True
+        if not self.session.in_transaction():
+            # There is no connection to give back, so this touches no socket.
+            self.session.sync_session.close()
+            return
+        try:
+            await self.session.close()
+        except Exception:
+            logger.exception("a session could not be closed cleanly; its connection is discarded")
+
+
+class SyncWork:
+    """A synchronous session of a request; it is ended in a thread of its own kind.
+
+    Its threads are not those that endpoints run in: were all of those waiting for a connection, nobody would
+    be left to give one back.
+    """
+
+    def __init__(self, session: Session, commit_on: CommitOn = successful) -> None:
+        self.session = session
+        self._commit_on = commit_on
+        self._over = False
+
+    async def end(self, status: int) -> None:
+        """Commit or roll back as the status asks; raises what the commit raises, with nothing kept."""
+        if not self._over:
+            self._over = True
+            await self._finish(self._commit_on(status))
+
+    async def abandon(self) -> None:
+        """Roll back and give the connection back."""
+        if not self._over:
+            self._over = True
+            await self._finish(commit=False)
+
+    async def _finish(self, commit: bool) -> None:
+        if self.session.in_transaction():
+            await to_thread.run_sync(self._close, commit, limiter=_ending_threads())
+        else:
+            self._close(commit=False)
+
+    def _close(self, commit: bool) -> None:
+        try:
+            if commit:
+                self.session.commit()
+        finally:
+            self.session.info[_ENDED] = True
+            try:
+                self.session.close()
+            except Exception:
+                logger.exception("a session could not be closed cleanly; its connection is discarded")
+
+
+#: Threads in which synchronous sessions end: as many as can commit at once without crowding the loop.
+_ENDING_THREADS = 20
+# A limiter belongs to one event loop.
+_limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, CapacityLimiter] = WeakKeyDictionary()
+
+
+def _ending_threads() -> CapacityLimiter:
+    loop = asyncio.get_running_loop()
+    if loop not in _limiters:
+        _limiters[loop] = CapacityLimiter(_ENDING_THREADS)
+    return _limiters[loop]
+
+
+async def execute(session: AsyncSession, statement: Executable) -> Result[Any]:
+    """Send `statement` for an endpoint: the one way in which parts of Overdrive fetch rows.
+
+    It goes through the session, with everything a team hangs on it, and is observed at the cursor. A fetch that
+    bypasses the cursor reports the same statement through `Observation.started` and `Observation.finished`.
+    """
+    return await session.execute(statement)

@@ -1,0 +1,195 @@
+"""What a compiled statement reads and writes, and whether it needs a transaction. Decided once per compiled form.
+
+Everything is read from the compiled Core statement: the mapper's view misses association tables, joined eager
+loads and bulk statements. What cannot be read there is said to be unknown, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import (
+    ColumnClause,
+    ColumnElement,
+    CompoundSelect,
+    Select,
+    TableClause,
+    TextClause,
+    UpdateBase,
+)
+from sqlalchemy.engine.interfaces import Compiled, ExecutionContext
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.sql.selectable import ForUpdateArg
+
+#: Stands for every table of an engine.
+EVERYTHING = "*"
+
+#: Functions that depend on nothing but their arguments and change nothing.
+PURE_FUNCTIONS = frozenset((
+    "abs",
+    "array_agg",
+    "avg",
+    "bit_length",
+    "bool_and",
+    "bool_or",
+    "cast",
+    "ceil",
+    "ceiling",
+    "char_length",
+    "character_length",
+    "coalesce",
+    "concat",
+    "concat_ws",
+    "count",
+    "cume_dist",
+    "date_part",
+    "date_trunc",
+    "dense_rank",
+    "extract",
+    "first_value",
+    "floor",
+    "generate_series",
+    "greatest",
+    "group_concat",
+    "ifnull",
+    "iif",
+    "initcap",
+    "instr",
+    "json_agg",
+    "json_array_length",
+    "json_build_object",
+    "json_extract",
+    "jsonb_agg",
+    "jsonb_build_object",
+    "lag",
+    "last_value",
+    "lead",
+    "least",
+    "left",
+    "length",
+    "lower",
+    "lpad",
+    "ltrim",
+    "max",
+    "min",
+    "mod",
+    "nth_value",
+    "ntile",
+    "nullif",
+    "octet_length",
+    "percent_rank",
+    "position",
+    "power",
+    "rank",
+    "regexp_replace",
+    "replace",
+    "right",
+    "round",
+    "row_number",
+    "rpad",
+    "rtrim",
+    "sign",
+    "split_part",
+    "sqrt",
+    "string_agg",
+    "strpos",
+    "substr",
+    "substring",
+    "sum",
+    "total",
+    "translate",
+    "trim",
+    "trunc",
+    "unnest",
+    "upper",
+))  # fmt: skip
+
+_READING_WORDS = frozenset(("select", "values", "table", "show", "explain", "set", "reset"))
+_SAVEPOINT_WORDS = frozenset(("savepoint", "release", "rollback"))
+_FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
+_PLAIN_LITERAL = re.compile(r"[\w.*\"]+|'[^']*'")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a statement without running it.
+
+    reads, writes: names of tables, or `EVERYTHING`.
+    unknown: why `reads` may be incomplete or the result may change by itself; None where neither.
+    plain: a SELECT that means the same outside a transaction.
+    """
+
+    reads: frozenset[str]
+    writes: frozenset[str]
+    unknown: str | None
+    plain: bool
+
+
+_known: WeakKeyDictionary[Compiled, Facts] = WeakKeyDictionary()
+
+
+def facts_of(context: ExecutionContext, sql: str) -> Facts:
+    """Return the facts of the statement about to be executed; `sql` is its text."""
+    compiled: Any = context.compiled
+    if compiled is None:
+        return _facts_of_text(sql)
+    facts = _known.get(compiled)
+    if facts is None:
+        facts = _known[compiled] = _facts_of_compiled(compiled, sql)
+    return facts
+
+
+def _facts_of_text(sql: str) -> Facts:
+    match = _FIRST_WORD.match(sql)
+    word = match[1].lower() if match else ""
+    if word in _SAVEPOINT_WORDS:
+        return Facts(frozenset(), frozenset(), None, plain=False)
+    everything = frozenset((EVERYTHING,))
+    writes = frozenset[str]() if word in _READING_WORDS else everything
+    return Facts(everything, writes, "textual SQL names no tables", plain=False)
+
+
+def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
+    statement = compiled.statement
+    if statement is None or not isinstance(statement, Select | CompoundSelect | UpdateBase):
+        return _facts_of_text(sql)
+    # An ORM statement gets its eager joins and loader criteria only when it is compiled.
+    state = compiled.compile_state
+    elements = list(visitors.iterate(statement))
+    if state is not None and state.statement is not statement:
+        elements += visitors.iterate(state.statement)
+
+    writes = frozenset(
+        name
+        for element in elements
+        if isinstance(element, UpdateBase)
+        for name in _table_names(visitors.iterate(element.table))
+    )
+    unknown = next(filter(None, map(_mystery, elements)), None)
+    locking = any(isinstance(element, ForUpdateArg) for element in elements)
+    return Facts(frozenset(_table_names(elements)), writes, unknown, plain=not (writes or unknown or locking))
+
+
+def _table_names(elements: Any) -> Iterator[str]:
+    return (element.fullname for element in elements if isinstance(element, TableClause))
+
+
+def _mystery(element: Any) -> str | None:
+    """Say why a statement with this element cannot be described by the tables in it."""
+    if isinstance(element, FunctionElement):
+        name = str(getattr(element, "name", type(element).__name__)).lower()
+        if name not in PURE_FUNCTIONS or getattr(element, "packagenames", None):
+            return f"the function {name}() is not known to be pure"
+    elif isinstance(element, TextClause):
+        return "text() names no tables"
+    elif isinstance(element, ColumnClause):
+        if element.is_literal and not _PLAIN_LITERAL.fullmatch(element.name):
+            return "literal_column() names no tables"
+    elif isinstance(element, ColumnElement) and not type(element).__module__.startswith("sqlalchemy."):
+        return f"the element {type(element).__name__} is not SQLAlchemy's own"
+    return None
