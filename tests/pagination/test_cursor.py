@@ -43,7 +43,8 @@ def _decode(cursor: str, types: Any) -> Position:
     return decode(cursor, types, binding=BINDING, key=KEY)
 
 
-offsets = st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(timezone)
+# Whole seconds, as databases have them: CPython reads an offset below one second as UTC.
+offsets = st.integers(-86399, 86399).map(lambda seconds: timezone(timedelta(seconds=seconds)))
 VALUES: dict[type, st.SearchStrategy[Any]] = {
     bool: st.booleans(),
     int: st.integers() | st.integers(-(2**64), 2**64),

@@ -278,6 +278,13 @@ def test_without_an_order_the_primary_key_is_it(session: Session, selected: list
     assert "ORDER BY" not in sent[0]
 
 
+def test_the_count_is_of_the_unordered_rows_under_the_same_options() -> None:
+    options = {"schema_translate_map": {None: "tenant"}}
+    counted: Any = next(page(select(User).order_by(User.name).execution_options(**options), PageParams()))
+    assert "ORDER BY" not in str(counted)
+    assert counted.get_execution_options() == options
+
+
 def test_aggregates_alone_are_not_ordered(session: Session) -> None:
     assert _page(session, select(func.count(User.id))).items == [12]
 

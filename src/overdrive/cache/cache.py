@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from ..context import RequestContext
+from overdrive.context import RequestContext
 from .entry import FORMAT, Entry, Instant, State, decode, encode
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store

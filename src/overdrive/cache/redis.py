@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from ..errors import ConfigurationError
+from overdrive.errors import ConfigurationError
 from .entry import Instant
 from .store import Found, StoreUnavailable
 

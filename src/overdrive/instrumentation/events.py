@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..context import Outcome, RequestContext
+from overdrive.context import Outcome, RequestContext
 
 logger = logging.getLogger("overdrive")
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import (
+    REAL,
     Column,
     CompoundSelect,
+    Double,
     Float,
     Join,
     Label,
@@ -21,6 +23,7 @@ from sqlalchemy import (
     Select,
     Table,
     and_,
+    cast,
     false,
     func,
     literal,
@@ -262,7 +265,7 @@ def _items(rows: list[Any], width: int) -> list[Any]:
 class _Sort:
     """One order key.
 
-    expression: what is compared, of the type that brings its values into Python and back unchanged.
+    expression: what is compared, as `_exact` types it.
     python_type: as `cursor.encode` wants it.
     """
 
@@ -355,8 +358,8 @@ def _sort(
     if nulls_first is None:
         nulls_first = _default_nulls_first(descending, dialect_name)
     key = keyset.Key(descending, nulls_first, _is_nullable(expression, tables))
-    typed = type_coerce(expression, _exact_type(expression.type, dialect_name))
-    return _Sort(typed, _python_type(typed.type), key)
+    exact = _exact(expression, dialect_name)
+    return _Sort(exact, _python_type(exact.type), key)
 
 
 def _default_nulls_first(descending: bool, dialect_name: str) -> bool:
@@ -383,15 +386,20 @@ class _Stored(UserDefinedType[Any]):
     cache_ok = True
 
 
-def _exact_type(type_: TypeEngine[Any], dialect_name: str) -> TypeEngine[Any]:
+def _exact(expression: ColumnElement[Any], dialect_name: str) -> ColumnElement[Any]:
+    """Return the expression so typed that its values come back to the database as they were."""
+    type_ = expression.type
     if dialect_name == "sqlite":
-        return _Stored()
+        return type_coerce(expression, _Stored())
+    if isinstance(type_, Float) and (isinstance(type_, REAL) or (type_.precision or 53) < 25):
+        # Drivers differ in whether they read single precision as the shortest decimal or as what it is.
+        return cast(expression, Double())
     # A Float read as Decimal, and a Numeric read as float, come back rounded.
-    if isinstance(type_, Float):
-        return Float(type_.precision) if type_.asdecimal else type_
-    if isinstance(type_, Numeric):
-        return type_ if type_.asdecimal else Numeric()
-    return type_
+    if isinstance(type_, Float) and type_.asdecimal:
+        return type_coerce(expression, Float())
+    if isinstance(type_, Numeric) and not isinstance(type_, Float) and not type_.asdecimal:
+        return type_coerce(expression, Numeric())
+    return expression
 
 
 def _python_type(type_: TypeEngine[Any]) -> type:

@@ -7,16 +7,21 @@ import sqlite3
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import URL, Engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, event, make_url, text
+from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
-from ..errors import ConfigurationError
+from overdrive.errors import ConfigurationError
+
+from .statement import facts_of, first_word
 
 #: The driver a URL without one gets, and the driver that can do the same for synchronous code.
 _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
 _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
+#: Statements of SQLite that end, begin or cannot be in a transaction.
+_OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -128,6 +133,7 @@ def _prepare_our_own(engine: Engine) -> None:
     prepare(engine)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _behave_like_a_server)
+        event.listen(engine, "before_cursor_execute", _begin_with_the_first_write)
 
 
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
@@ -147,6 +153,8 @@ def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
 
 def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
     """Enforce foreign keys, and use the write-ahead log, where no reader waits for the writer (sqlite.org/wal.html)."""
+    # Python's own BEGIN comes too late for a SAVEPOINT, whose RELEASE then commits.
+    dbapi_connection.isolation_level = None
     cursor = dbapi_connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")
     # A read-only file or an old file system cannot be switched, and works as before.
@@ -154,6 +162,20 @@ def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.close()
+
+
+def _begin_with_the_first_write(
+    connection: Connection, _cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
+) -> None:
+    """Open the transaction with its first write, as a writer: one that starts as a reader may have to give up."""
+    if connection.connection.driver_connection.in_transaction or first_word(sql) in _OUTSIDE_TRANSACTIONS:
+        return
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return
+    if facts_of(context, sql).writes or first_word(sql) == "savepoint":
+        cursor = connection.connection.cursor()
+        cursor.execute("BEGIN IMMEDIATE")
+        cursor.close()
 
 
 async def ping(engine: AsyncEngine) -> None:

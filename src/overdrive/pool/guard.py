@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from ..context import RequestContext
+from overdrive.context import RequestContext
 from .observe import to_the_end
 
 Message = MutableMapping[str, Any]

@@ -11,8 +11,9 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, event
@@ -20,8 +21,8 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
 
-from ..context import collectors, current
-from ..instrumentation.events import StatementEvent, listening, publish
+from overdrive.context import collectors, current
+from overdrive.instrumentation.events import StatementEvent, listening, publish
 from .statement import EVERYTHING, Facts, facts_of
 
 logger = logging.getLogger("overdrive")
@@ -212,25 +213,18 @@ class Observation:
     def _committing(self, commit: Callable[..., None]) -> Callable[..., None]:
         def do_commit(connection: Any, *args: Any, **kwargs: Any) -> None:
             transaction = _transaction_of(_info_of(connection))
-            if self.observer is None or not transaction.writes:
-                if not self._is_idle(connection):
-                    commit(connection, *args, **kwargs)
-                transaction.end()
+            if self._is_idle(connection):
                 return
-            transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
-            outcome = Outcome.UNKNOWN
             try:
-                commit(connection, *args, **kwargs)
-                outcome = Outcome.COMMITTED
-                transaction.end()
+                with self._announced(transaction):
+                    commit(connection, *args, **kwargs)
             except Exception as error:
-                if self._was_answered(error):
-                    # SQLite keeps a transaction open whose COMMIT it refused, and SQLAlchemy takes it for ended.
+                # SQLAlchemy takes a transaction whose commit has failed for ended. It is still open where the
+                # observer refused the commit, and always on SQLite.
+                if not self._lost_connection(error):
                     self.engine.dialect.do_rollback(connection)
-                    outcome = Outcome.ROLLED_BACK
                 raise
-            finally:
-                self._report(transaction, outcome)
+            transaction.end()
 
         return do_commit
 
@@ -245,19 +239,28 @@ class Observation:
 
     def _releasing(self, release: Callable[..., None]) -> Callable[..., None]:
         def do_release_savepoint(connection: Connection, name: str) -> None:
-            transaction = _transaction_of(connection.info)
-            if self.observer is None or not transaction.writes:
+            with self._announced(_transaction_of(connection.info)):
                 release(connection, name)
-                return
-            transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
-            outcome = Outcome.UNKNOWN
-            try:
-                release(connection, name)
-                outcome = Outcome.COMMITTED
-            finally:
-                self._report(transaction, outcome)
 
         return do_release_savepoint
+
+    @contextmanager
+    def _announced(self, transaction: _Transaction) -> Iterator[None]:
+        """Tell the observer of what the block makes visible, before and after it."""
+        if self.observer is None or not transaction.writes:
+            yield
+            return
+        transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
+        outcome = Outcome.UNKNOWN
+        try:
+            yield
+            outcome = Outcome.COMMITTED
+        except Exception as error:
+            if not self._lost_connection(error):
+                outcome = Outcome.ROLLED_BACK
+            raise
+        finally:
+            self._report(transaction, outcome)
 
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
@@ -284,10 +287,9 @@ class Observation:
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 
-    def _was_answered(self, error: Exception) -> bool:
-        """Say whether the server refused the commit, as opposed to the answer being lost."""
+    def _lost_connection(self, error: Exception) -> bool:
         dialect: Any = self.engine.dialect
-        return isinstance(error, dialect.dbapi.Error) and not dialect.is_disconnect(error, None, None)
+        return isinstance(error, dialect.dbapi.Error) and dialect.is_disconnect(error, None, None)
 
     # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, Executable, Result, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from ..errors import SessionEndedError
+from overdrive.errors import SessionEndedError
 from .observe import to_the_end
 
 logger = logging.getLogger("overdrive")

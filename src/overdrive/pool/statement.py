@@ -109,7 +109,7 @@ PURE_FUNCTIONS = frozenset((
     "upper",
 ))  # fmt: skip
 
-_READING_WORDS = frozenset(("select", "values", "table", "show", "explain", "set", "reset"))
+_READING_WORDS = frozenset(("select", "values", "table", "show", "explain", "set", "reset", "pragma"))
 _SAVEPOINT_WORDS = frozenset(("savepoint", "release", "rollback"))
 _FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
 _PLAIN_LITERAL = re.compile(r"[\w.*\"]+|'[^']*'")
@@ -144,9 +144,14 @@ def facts_of(context: ExecutionContext, sql: str) -> Facts:
     return facts
 
 
-def _facts_of_text(sql: str) -> Facts:
+def first_word(sql: str) -> str:
+    """Return the word a statement's text begins with, in lower case."""
     match = _FIRST_WORD.match(sql)
-    word = match[1].lower() if match else ""
+    return match[1].lower() if match else ""
+
+
+def _facts_of_text(sql: str) -> Facts:
+    word = first_word(sql)
     if word in _SAVEPOINT_WORDS:
         return Facts(frozenset(), frozenset(), None, plain=False)
     everything = frozenset((EVERYTHING,))

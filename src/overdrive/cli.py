@@ -1,0 +1,250 @@
+"""The command line: `overdrive demo` and `overdrive inspect`.
+
+What an extra brings is imported where it is needed, so that a missing one is named instead of a module.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import FastAPI
+from fastapi.routing import APIWebSocketRoute
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from .app import Overdrive
+from .cache.store import StoreUnavailable
+from .config import Settings
+from .endpoint import CACHED, RequestSession, SessionFactory, SyncRequestSession, SyncSessionFactory
+from .errors import ConfigurationError
+from .installer import Installation, Site, key_plan, page_style, refuse_misuse, sites
+from .log.handler import LogHandler
+from .pool.engine import create_engine, ping
+
+if TYPE_CHECKING:
+    import typer
+
+_DEMO_DATABASE = "sqlite:///overdrive-demo.sqlite"
+
+#: What a shell reports for a command that Ctrl-C has ended: 128 + SIGINT.
+_INTERRUPTED = 130
+
+_PAGES = {"page": "page by number", "cursor": "page by cursor"}
+
+_SESSIONS: dict[type, str] = {
+    RequestSession: "async session",
+    SyncRequestSession: "sync session",
+    SessionFactory: "async session factory",
+    SyncSessionFactory: "sync session factory",
+}
+
+
+def main() -> None:
+    """Run the command line; what cannot work is told in one line on stderr, with exit status 1."""
+    try:
+        _need("cli", "typer", "rich")
+        _commands()(prog_name="overdrive")
+    except ConfigurationError as error:
+        sys.exit(f"overdrive: {error}")
+
+
+def _need(extra: str, *modules: str) -> None:
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError:
+            raise ConfigurationError(
+                f"this needs {module}, which is missing: pip install 'overdrive[{extra}]'"
+            ) from None
+
+
+def _commands() -> "typer.Typer":
+    import typer
+
+    app = typer.Typer(
+        help="The performance layer for FastAPI.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    @app.command()
+    def demo(
+        host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+        port: Annotated[int, typer.Option(help="The port; 0 for any free one.", min=0, max=65535)] = 8000,
+        database_url: Annotated[
+            str | None,
+            typer.Option(help=f"PostgreSQL or SQLite; else OVERDRIVE_DATABASE_URL, else {_DEMO_DATABASE}."),
+        ] = None,
+        redis_url: Annotated[
+            str | None, typer.Option(help="Redis; else OVERDRIVE_REDIS_URL, else the cache is in memory.")
+        ] = None,
+    ) -> None:
+        """Serve the reference API; the first start fills its database."""
+        _need("demo", "uvicorn")
+        _serve_demo(host, port, database_url=database_url, redis_url=redis_url)
+
+    @app.command()
+    def inspect(target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)]) -> None:
+        """Show the layers a request passes, and how each route is treated."""
+        overdrive = _overdrive(target)
+        print("Layers, outermost first:")
+        for layer in overdrive.layers():
+            print(f"  {layer}")
+        print("\nRoutes:")
+        for site in sites(overdrive.installation.app):
+            print(f"  {site.name:<40} {'; '.join(_treatment(site, overdrive)) or '-'}")
+
+    return app
+
+
+# demo
+
+
+def _serve_demo(host: str, port: int, **urls: str | None) -> None:
+    import uvicorn
+
+    from .demo.service import create_app
+
+    settings = _demo_settings(**urls)
+    app = create_app(settings)
+    # Taken before the database is filled: that would be a long wait for the news that somebody else has it.
+    with _bound(host, port) as listener:
+        try:
+            asyncio.run(_prepare(settings))
+        except KeyboardInterrupt:
+            print("overdrive: interrupted; nothing was kept of a database half filled", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+        print(f"The reference service is at {_address(listener)}", flush=True)
+        # Not basicConfig: it would give the handler a formatter, and the log would no longer be JSON.
+        logging.root.addHandler(LogHandler())
+        logging.root.setLevel(logging.INFO)
+        # Overdrive logs one event a request, which has all that uvicorn's access log tells.
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        # uvicorn shuts down on Ctrl-C, and then passes it on.
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+
+
+def _demo_settings(**urls: str | None) -> Settings:
+    settings = Settings.load(**{name: url for name, url in urls.items() if url is not None})
+    if "database_url" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"database_url": _DEMO_DATABASE})
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # As every server does: else a port is not free for a minute after the last one.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+async def _prepare(settings: Settings) -> None:
+    engine = create_engine(settings.database_url)
+    try:
+        await ping(engine)
+        if settings.redis_url is not None:
+            await _begin_cache(settings.redis_url, settings.cache.prefix)
+        await _seed(engine)
+    finally:
+        await engine.dispose()
+
+
+async def _begin_cache(url: str, prefix: str) -> None:
+    from .cache.redis import RedisStore
+
+    store = RedisStore(url, prefix)
+    try:
+        await store.ping()
+        # What it still holds may have been read from another database.
+        await store.clear()
+    except StoreUnavailable as error:
+        raise ConfigurationError(f"Redis answers, but cannot serve the cache: {error}") from None
+    finally:
+        await store.aclose()
+
+
+async def _seed(engine: AsyncEngine) -> None:
+    from rich.progress import Progress
+
+    from .demo.data import is_seeded, seed
+
+    try:
+        async with engine.begin() as connection:
+            if await connection.run_sync(is_seeded):
+                return
+            with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+                bar = progress.add_task("Filling the database, once")
+                await connection.run_sync(
+                    seed, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+                )
+    except SQLAlchemyError as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        where = engine.url.render_as_string(hide_password=True)
+        raise ConfigurationError(f"the database {where} cannot be filled: {reason}") from None
+
+
+# inspect
+
+
+def _overdrive(target: str) -> Overdrive:
+    app = _imported(target)
+    if not isinstance(app, FastAPI):
+        raise ConfigurationError(f"{target} is no FastAPI app but of type {type(app).__name__}")
+    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
+    if installation is None or installation.runtime is None:
+        raise ConfigurationError(f"{target} has no Overdrive: call Overdrive(app)")
+    return installation.runtime
+
+
+def _imported(target: str) -> object:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise ConfigurationError(f"{target!r} names no app: it looks like module:app")
+    # As for a server, the app's module is found from where the command is run.
+    sys.path.insert(0, "")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and what it imports is not
+        raise ConfigurationError(f"there is no module {error.name!r} here") from None
+    if not hasattr(module, attribute):
+        raise ConfigurationError(f"the module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def _treatment(site: Site, overdrive: Overdrive) -> Iterator[str]:
+    """Say what a route gets; raises `ConfigurationError` for one that the app would refuse to serve."""
+    refuse_misuse(site)
+    # A websocket has neither pages nor responses to keep.
+    if not isinstance(site.route.original_route, APIWebSocketRoute):
+        if (style := page_style(site)) is not None:
+            yield _PAGES[style]
+        if (mark := getattr(site.endpoint, CACHED, None)) is not None:
+            ttl = mark.ttl or overdrive.cache.ttl
+            plan = key_plan(site, ttl)
+            yield f"not cached: {plan}" if isinstance(plan, str) else f"cached {ttl:g} s"
+    calls = {type(site.resolved(dependant.call)) for dependant in site.graph()}
+    yield from (name for kind, name in _SESSIONS.items() if kind in calls)
+
+
+if __name__ == "__main__":
+    main()

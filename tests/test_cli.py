@@ -1,0 +1,284 @@
+"""The command line as a shell meets it: exit status, one line on stderr, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from sqlalchemy import create_engine
+
+from overdrive.demo.data import is_seeded, seed
+
+_APP = """
+from fastapi import BackgroundTasks, Depends, FastAPI, Request
+from pydantic import BaseModel
+from overdrive import Overdrive, Page, SessionDep, SessionFactoryDep, SyncSessionDep, cached
+
+class Item(BaseModel):
+    id: int
+
+app = FastAPI()
+overdrive = Overdrive(app)
+bare = FastAPI()
+refused = FastAPI()
+Overdrive(refused)
+number = 7
+
+@app.get("/items", response_model=Page[Item])
+@cached(ttl=30)
+async def items(db: SessionDep) -> None: ...
+
+@app.get("/whole")
+@cached
+async def whole(request: Request) -> None: ...
+
+@app.get("/plain")
+def plain(db: SyncSessionDep) -> None: ...
+
+@app.post("/items")
+async def add(db: SessionDep, sessions: SessionFactoryDep) -> None: ...
+
+@app.websocket("/live")
+async def live(sessions: SessionFactoryDep) -> None: ...
+
+@refused.get("/wrong")
+def wrong(db: SessionDep) -> None: ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory to run in, and no settings but a test's own."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("OVERDRIVE_")]:
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that is taken, so that nobody else opens it, and does not listen."""
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def overdrive(*arguments: str, before: str = "pass", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, after a statement that prepares its interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", f"{before}; from overdrive.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **variables},
+    )
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line a command that could not work has left."""
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("overdrive: ")
+    return line
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `overdrive demo`, to be ended by the test; its output goes to the files `out` and `err`."""
+    command = [sys.executable, "-m", "overdrive.cli", "demo", "--port", "0", *arguments]
+    with Path("out").open("w") as out, Path("err").open("w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """Return what `condition` returns as soon as that is true; fail where the process ends before."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        assert process.poll() is None, Path("err").read_text()
+        time.sleep(0.02)
+    raise AssertionError("not within 30 s")
+
+
+# demo
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "extra"),
+    [
+        ("typer", "demo", "cli"),
+        ("rich", "inspect", "cli"),
+        ("uvicorn", "demo", "demo"),
+        ("aiosqlite", "demo", "sqlite"),
+    ],
+)
+def test_a_missing_extra_is_named(module: str, command: str, extra: str) -> None:
+    arguments = {"demo": ["demo"], "inspect": ["inspect", "app:app"]}[command]
+    line = complaint(overdrive(*arguments, before=f"import sys; sys.modules[{module!r}] = None"))
+    assert module in line
+    assert f"pip install 'overdrive[{extra}]'" in line
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = complaint(overdrive("demo", "--port", str(port)))
+    assert f"127.0.0.1:{port}" in line
+    assert "in use" in line
+    assert not Path("overdrive-demo.sqlite").exists()
+
+
+def test_an_address_of_another_machine() -> None:
+    assert "192.0.2.1" in complaint(overdrive("demo", "--port", "0", "--host", "192.0.2.1"))
+
+
+def test_a_database_that_does_not_answer(closed_port: int) -> None:
+    url = f"postgresql://shop:secret@127.0.0.1:{closed_port}/shop"
+    line = complaint(overdrive("demo", "--port", "0", "--database-url", url))
+    assert f"127.0.0.1:{closed_port}" in line
+    assert "secret" not in line
+
+
+def test_a_database_in_a_folder_that_is_not_there() -> None:
+    line = complaint(overdrive("demo", "--port", "0", "--database-url", "sqlite:///nowhere/demo.sqlite"))
+    assert "nowhere/demo.sqlite" in line
+
+
+def test_a_database_whose_tables_are_others() -> None:
+    with closing(sqlite3.connect("other.sqlite")) as connection:
+        connection.execute("CREATE TABLE users (login TEXT)")
+    line = complaint(overdrive("demo", "--port", "0", "--database-url", "sqlite:///other.sqlite"))
+    assert "other.sqlite cannot be filled: no such column" in line
+
+
+def test_a_redis_that_does_not_answer(closed_port: int) -> None:
+    url = f"redis://:secret@127.0.0.1:{closed_port}/0"
+    line = complaint(overdrive("demo", "--port", "0", "--redis-url", url))
+    assert f"127.0.0.1:{closed_port}" in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OVERDRIVE_POOL__SIZE", "abc"),
+        ("OVERDRIVE_PAGINATION__MAX_SIZE", "0"),
+        ("OVERDRIVE_DATABASE_URL", "shop"),
+        ("OVERDRIVE_DATABASE_URL", "nosuch://localhost/shop"),
+        ("OVERDRIVE_REDIS_URL", "http://localhost"),
+    ],
+)
+def test_a_malformed_setting(name: str, value: str) -> None:
+    line = complaint(overdrive("demo", "--port", "0", **{name: value}))
+    assert any(word in line for word in (name, "database URL", "'nosuch'", "Redis URL"))
+
+
+def test_options_win_over_variables(closed_port: int) -> None:
+    url = f"postgresql://127.0.0.1:{closed_port}/shop"
+    line = complaint(overdrive("demo", "--port", "0", "--database-url", url, OVERDRIVE_DATABASE_URL="shop"))
+    assert f"127.0.0.1:{closed_port}" in line
+
+
+def test_the_second_start_serves_at_once_and_ctrl_c_ends_it() -> None:
+    engine = create_engine("sqlite:///overdrive-demo.sqlite")
+    with engine.begin() as connection:
+        seed(connection, users=10, orders=10, products=10)
+    engine.dispose()
+    with running() as process:
+        until(lambda: "Application startup complete" in Path("err").read_text(), process)
+        address = Path("out").read_text().split()[-1]
+        with urlopen(f"{address}users?size=1") as response:
+            assert b'"total":10' in response.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+    assert "Traceback" not in Path("err").read_text()
+
+
+def test_ctrl_c_while_the_database_is_filled() -> None:
+    file, log = Path("overdrive-demo.sqlite"), Path("overdrive-demo.sqlite-wal")
+    with running() as process:
+        # Rows are in the file or in its log long before all of them are.
+        until(lambda: any(each.exists() and each.stat().st_size > 1_000_000 for each in (file, log)), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert Path("err").read_text().splitlines()[-1].startswith("overdrive: interrupted")
+    assert "Traceback" not in Path("err").read_text()
+
+    engine = create_engine("sqlite:///overdrive-demo.sqlite")
+    with engine.begin() as connection:
+        assert not is_seeded(connection)
+        seed(connection, users=10, orders=10, products=10)
+        assert is_seeded(connection)
+    engine.dispose()
+
+
+# inspect
+
+
+def test_inspecting_an_app() -> None:
+    Path("shop.py").write_text(_APP)
+    done = overdrive("inspect", "shop:app")
+    assert (done.returncode, done.stderr) == (0, "")
+    layers, routes = done.stdout.split("\n\n")
+    names = [line.strip() for line in layers.splitlines()[1:]]
+    assert names[0] == "Observer"
+    assert names.index("ServerErrorMiddleware") < names.index("RequestPath") < names.index("APIRouter")
+    treatments = dict(line.strip().split("  ", 1) for line in routes.splitlines()[1:])
+    assert {route: treatment.strip() for route, treatment in treatments.items()} == {
+        "GET /items": "page by number; cached 30 s; async session",
+        "GET /whole": "not cached: whole() takes the whole request, and nobody can tell what it reads of it",
+        "GET /plain": "sync session",
+        "POST /items": "async session; async session factory",
+        "WEBSOCKET /live": "async session factory",
+    }
+
+
+def test_inspecting_an_app_that_could_not_serve() -> None:
+    Path("shop.py").write_text(_APP)
+    done = overdrive("inspect", "shop:refused")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "SyncSessionDep" in line
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("shop", "module:app"),
+        (":app", "module:app"),
+        ("nowhere:app", "no module 'nowhere'"),
+        ("shop.deeper:app", "no module 'shop.deeper'"),
+        ("shop:nothing", "has no 'nothing'"),
+        ("shop:number", "of type int"),
+        ("shop:bare", "Overdrive(app)"),
+    ],
+)
+def test_inspecting_what_is_no_app(target: str, message: str) -> None:
+    Path("shop.py").write_text(_APP)
+    assert message in complaint(overdrive("inspect", target))
+
+
+def test_what_an_app_s_module_misses_is_shown_whole() -> None:
+    Path("shop.py").write_text("import nothing_of_that_name")
+    done = overdrive("inspect", "shop:app")
+    assert done.returncode == 1
+    assert "shop.py" in done.stderr
+    assert "ModuleNotFoundError: No module named 'nothing_of_that_name'" in done.stderr
