@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -257,6 +258,10 @@ async def test_after_is_called_when_commit_is_cancelled(
                 await committing.wait()
                 group.cancel_scope.cancel()
     await eventually(lambda: recorder.outcomes == [Outcome.UNKNOWN])
+    pool: Any = engine.sync_engine.pool
+    await eventually(lambda: pool.checkedout() == 0)
+    # A thread of aiosqlite that is closing its file has its last answer still to hand to this loop.
+    await eventually(lambda: not [thread for thread in threading.enumerate() if "_connection" in thread.name])
 
 
 # Synchronous engines
