@@ -154,6 +154,8 @@ class Overdrive:
         self._loop = loop
         for observation in self._observations:
             observation.loop = loop
+        for handler in _log_handlers():
+            handler.reopen()
 
     async def aclose(self) -> None:
         """Close what Overdrive has opened, and write what is logged from now on at once."""

@@ -321,6 +321,27 @@ def test_a_handler_that_a_reconfiguration_closed_still_writes(tmp_path: Path) ->
         assert [line["message"] for line in lines(tmp_path / "old")] == ["before", "after"]
 
 
+def test_reopened_it_leaves_writing_to_its_thread_again(tmp_path: Path) -> None:
+    handler = LogHandler(tmp_path / "log")
+    with logging_to(handler) as logger:
+        logger.info("before")
+        handler.close()
+        handler.reopen()
+        logger.info("behind")
+        assert [thread for thread in threading.enumerate() if thread.name == "overdrive-log"]
+        handler.flush()
+        assert [line["message"] for line in lines(tmp_path / "log")] == ["before", "behind"]
+
+
+def test_basic_config_leaves_the_lines_json(tmp_path: Path) -> None:
+    script = (
+        "import logging, sys; from overdrive.log.handler import LogHandler;"
+        "logging.basicConfig(handlers=[LogHandler(sys.argv[1])], level='INFO'); logging.info('hello')"
+    )
+    assert python(script, tmp_path / "log").returncode == 0
+    assert [line["message"] for line in lines(tmp_path / "log")] == ["hello"]
+
+
 @pytest.mark.usefixtures("configured")
 def test_a_reconfiguration_does_not_deadlock_with_a_sink_that_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

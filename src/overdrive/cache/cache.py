@@ -46,6 +46,10 @@ class Cache:
         self._resting_until = 0.0
         self._complained: set[tuple[str | None, str]] = set()
 
+    def use(self, store: Store) -> None:
+        """Keep entries in another store from now on; those in the old one are left there."""
+        self.store = self.invalidator.store = store
+
     async def clear(self) -> None:
         """Drop every entry, in every worker that shares the store."""
         await self.store.clear()

@@ -19,7 +19,7 @@ class Invalidator:
     """
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
         self._unannounced: set[str] = set()
 
     async def before(self, writes: frozenset[str]) -> frozenset[str]:
@@ -43,5 +43,5 @@ class Invalidator:
         """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
         if self._unannounced:
             tags = frozenset(self._unannounced)
-            await self._store.bump(tags)
+            await self.store.bump(tags)
             self._unannounced -= tags

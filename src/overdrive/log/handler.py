@@ -20,6 +20,16 @@ from .writer import Dropped, FileSink, StreamSink, Writer
 _TIMEOUT = 2.0
 
 
+class _JsonLines(logging.Formatter):
+    """The handler's own format. It stands where a formatter would, or `logging.basicConfig` would add one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return encode(record, current(), bound()).decode().rstrip()
+
+
+_JSON_LINES = _JsonLines()
+
+
 class LogHandler(logging.Handler):
     """Turns each record into one JSON line, or with a formatter into one line of its text; writes it behind.
 
@@ -45,6 +55,7 @@ class LogHandler(logging.Handler):
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
         super().__init__(level)
+        self.formatter = _JSON_LINES
         sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
         self._writer = Writer(sink, max_bytes, self._notice)
         self._encoding = _Encoding()
@@ -89,8 +100,16 @@ class LogHandler(logging.Handler):
         self._writer.close(_TIMEOUT)
         super().close()
 
+    def reopen(self) -> None:
+        """Write behind the callers again, after a `close` that was not the end.
+
+        `uvicorn.run(app)` configures logging after the app has, and closes what it finds; Overdrive calls this
+        when the app begins to serve.
+        """
+        self._writer.reopen()
+
     def _line(self, record: logging.LogRecord) -> bytes:
-        if self.formatter is None:
+        if self.formatter is None or self.formatter is _JSON_LINES:
             return encode(record, current(), bound())
         try:
             return encode_text(self.formatter.format(record))
@@ -99,7 +118,7 @@ class LogHandler(logging.Handler):
 
     def _notice(self, dropped: Dropped) -> bytes:
         levels = by_level(dropped)
-        if self.formatter is None:
+        if self.formatter in (_JSON_LINES, None):
             return encode_notice(time.time(), levels, by_reason(dropped))
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")

@@ -137,6 +137,13 @@ class Writer:
             finally:
                 self._draining.release()
 
+    def reopen(self) -> None:
+        """Leave writing to a thread again, once the one that `close` has stopped is gone."""
+        if self._closed and (self._thread is None or not self._thread.is_alive()):
+            self._thread = None
+            self._start = threading.Lock()
+            self._closed = False
+
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="overdrive-log", daemon=True)
         try:

@@ -82,6 +82,12 @@ class SyncSessions:
         self._options: dict[str, Any] = {}
         event.listen(maker.class_, "after_transaction_create", _refuse_after_end)
 
+    @property
+    def engine(self) -> Engine:
+        """Return the engine the sessions use."""
+        engine: Engine = self._maker.kw["bind"]
+        return engine
+
     @classmethod
     def of(cls, engine: Engine, session_class: type[Session] = Session) -> SyncSessions:
         """Make sessions of `session_class` whose objects stay readable after a commit."""
