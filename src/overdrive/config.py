@@ -1,16 +1,23 @@
 """Settings: one frozen model a part, from arguments or from `OVERDRIVE_*` variables.
 
-A nested setting is named with two underscores: `OVERDRIVE_POOL__SIZE=5`. Arguments win over variables.
+A nested setting is named with two underscores: `OVERDRIVE_POOL__SIZE=5`. Arguments win over variables. A variable
+that begins with `OVERDRIVE_` and names no setting is an error, not a setting that silently does nothing.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigurationError
+
+_PREFIX = "OVERDRIVE_"
+_NESTED = "__"
 
 
 class PoolSettings(BaseModel):
@@ -91,7 +98,7 @@ class Settings(BaseSettings):
     redis_url: where the cache is shared; left out, it lives in the process.
     """
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix="OVERDRIVE_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=_PREFIX, env_nested_delimiter=_NESTED)
 
     database_url: str = "sqlite+aiosqlite:///overdrive.sqlite"
     redis_url: str | None = None
@@ -103,13 +110,35 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, **values: Any) -> Settings:
         """Read arguments and environment; `ConfigurationError` names every setting that is wrong."""
+        known = set(_variables(cls))
+        # pydantic-settings takes variables in any case.
+        if unknown := [name for name in os.environ if name.startswith(_PREFIX) and name.upper() not in known]:
+            raise ConfigurationError("; ".join(_unknown(name, known) for name in unknown))
         try:
             return cls(**values)
         except ValidationError as error:
             raise ConfigurationError("; ".join(map(_complaint, error.errors()))) from None
 
 
+def _variables(model: type[BaseModel], prefix: str = _PREFIX) -> Iterator[str]:
+    """Name every variable that is read; a part as a whole, `OVERDRIVE_POOL`, is none."""
+    for name, field in model.model_fields.items():
+        variable = prefix + name.upper()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, variable + _NESTED)
+        else:
+            yield variable
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    # Without the prefix, in which all of them are alike.
+    close = get_close_matches(name.removeprefix(_PREFIX), [other.removeprefix(_PREFIX) for other in known], cutoff=0.5)
+    if close:
+        return f"{name} is no setting; did you mean {' or '.join(_PREFIX + each for each in close)}?"
+    return f"{name} is no setting; there are {', '.join(sorted(known))}"
+
+
 def _complaint(error: Any) -> str:
-    name = "OVERDRIVE_" + "__".join(str(part).upper() for part in error["loc"])
+    name = _PREFIX + _NESTED.join(str(part).upper() for part in error["loc"])
     given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
     return f"{name}: {error['msg']}{given}"

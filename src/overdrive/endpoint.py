@@ -4,6 +4,7 @@ Annotations here are read by FastAPI at run time, so this module does not postpo
 """
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
@@ -72,7 +73,11 @@ class SyncRequestSession:
     async def __call__(self, response: Response) -> Session:
         """Return the session; it takes a connection with its first statement."""
         context = _request("a session", "sessions: SyncSessionFactoryDep")
-        work = SyncWork(context.runtime.sync_sessions(self.engine).open(), self.commit_on)
+        sessions: SyncSessions = context.runtime.sync_sessions(self.engine)
+        asked = time.perf_counter()
+        leave = await sessions.admitted()
+        context.pool_wait += time.perf_counter() - asked
+        work = SyncWork(sessions.open(), self.commit_on, leave)
         context.work.append(work)
         context.response = response
         return work.session

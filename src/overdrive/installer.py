@@ -3,8 +3,9 @@
 Used are: `app.build_middleware_stack` and `app.user_middleware` (where Overdrive stands), `iter_route_contexts`
 (every route as it is served, included and mounted ones too), the `dependant` of a route (its parameters and
 dependencies) with `get_parameterless_sub_dependant` (to add one), and `dependant.call` (to answer instead of the
-endpoint). Each use has a check that is run before it is relied on: where FastAPI has changed, that part is
-switched off with one ERROR, and the app serves on without it.
+endpoint). Each use but the first has a check that is run before it is relied on: where FastAPI has changed, that
+part is switched off with one ERROR, and the app serves on without it. So those names are not imported: a missing
+one is found by its check.
 
 Annotations of dependencies made here are read by FastAPI at run time, so this module does not postpone them.
 """
@@ -18,11 +19,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, cast
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, routing
 from fastapi import __version__ as fastapi_version
-from fastapi.dependencies.utils import get_flat_params, get_parameterless_sub_dependant
+from fastapi.dependencies import utils
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from fastapi.security.base import SecurityBase
 from pydantic import BaseModel, TypeAdapter
 from starlette.middleware import Middleware
@@ -93,7 +94,7 @@ class Site:
 
 def sites(app: FastAPI, prefix: str = "") -> Iterator[Site]:
     """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps."""
-    for route in iter_route_contexts(app.routes):
+    for route in routing.iter_route_contexts(app.routes):
         served = route.original_route
         if isinstance(served, Mount):
             if isinstance(served.app, FastAPI):
@@ -103,9 +104,10 @@ def sites(app: FastAPI, prefix: str = "") -> Iterator[Site]:
 
 
 class Installation:
-    """Overdrive on one app. Everything is put in place once, before the app's first request is served.
+    """Overdrive on one app. Everything is in place before the app's first request is served.
 
     That is late enough for routes added in a lifespan, and for fastapi-pagination, which changes routes there.
+    Whoever asks for the OpenAPI document earlier has the routes prepared that there are by then.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -116,7 +118,10 @@ class Installation:
         self.request_id_header = b"x-request-id"
         self.logs_events = False
         self._installed = False
-        self._templates: dict[Any, list[tuple[re.Pattern[str], str]]] = {}
+        #: By the id of a route's dependant, which is kept here so that no other gets its id.
+        self._prepared: dict[int, Any] = {}
+        #: By the id of an endpoint: it need not be hashable.
+        self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
         app.build_middleware_stack = self._stack  # type: ignore[method-assign]
@@ -134,8 +139,7 @@ class Installation:
             )
         installation = getattr(app.state, "overdrive_installation", None)
         if installation is None:
-            if app.middleware_stack is not None:
-                raise ConfigurationError("Overdrive(app) must come before the app serves its first request")
+            _refuse_late(app)
             installation = app.state.overdrive_installation = cls(app)
         return installation
 
@@ -143,6 +147,7 @@ class Installation:
         """Make `runtime` the one that serves this app; raises `ConfigurationError` if there is another."""
         if self.runtime is not None:
             raise ConfigurationError("this app has an Overdrive already: keep one, and use it everywhere")
+        _refuse_late(self.app)
         self.runtime = runtime
         settings = runtime.settings
         self.pagination = settings.pagination
@@ -172,7 +177,7 @@ class Installation:
         return names
 
     def _documented(self) -> dict[str, Any]:
-        self.install()
+        self._prepare_all()
         return self._openapi()
 
     # What the middlewares ask
@@ -183,11 +188,14 @@ class Installation:
             self.runtime.enter_loop()
             context.instant = self.runtime.cache.seen()
 
-    def route_of(self, scope: Any) -> str | None:
-        """Return the template of the route that served `scope`, if one did."""
-        templates = self._templates.get(scope.get("endpoint"), ())
+    def route_of(self, scope: Any, path: str) -> str | None:
+        """Return the template of the route that served `scope`, if one did.
+
+        path: what was asked for, without the scope's root path.
+        """
+        templates = self._templates.get(id(scope.get("endpoint")), ())
         for pattern, template in templates:
-            if len(templates) == 1 or pattern.fullmatch(scope["path"]):
+            if len(templates) == 1 or pattern.fullmatch(path):
                 return template
         return getattr(scope.get("route"), "path", None)
 
@@ -200,19 +208,23 @@ class Installation:
 
     def install(self) -> None:
         """Prepare every route; raises `ConfigurationError` for one that could not keep its promises."""
-        if self._installed:
-            return
+        if not self._installed:
+            self._prepare_all()
+            self._installed = True
+
+    def _prepare_all(self) -> None:
         found = list(sites(self.app)) if works(check_walk) else []
+        found = [site for site in found if id(site.route.dependant) not in self._prepared]
         for site in found:
             refuse_misuse(site)
-        self._installed = True
         for site in found:
+            self._prepared[id(site.route.dependant)] = site.route.dependant
             self._prepare(site)
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_request_errors(mounted)
 
     def _prepare(self, site: Site) -> None:
-        served = self._templates.setdefault(site.route.endpoint, [])
+        served = self._templates.setdefault(id(site.route.endpoint), [])
         served.append((compile_path(site.template)[0], site.template))
         if isinstance(site.route.original_route, APIWebSocketRoute):
             return
@@ -220,7 +232,14 @@ class Installation:
             add_dependency(site, page_dependency(style, self.pagination))
         mark = getattr(site.endpoint, CACHED, None)
         if mark is not None and self.runtime is not None and works(check_replaced_call):
-            cache_route(site, mark.ttl or self.runtime.cache.ttl)
+            # The address without its password, which may be renewed and is nobody's to see.
+            database = self.runtime.engine.url.render_as_string(hide_password=True)
+            cache_route(site, mark.ttl or self.runtime.cache.ttl, database)
+
+
+def _refuse_late(app: FastAPI) -> None:
+    if app.middleware_stack is not None:
+        raise ConfigurationError("Overdrive(app) must come before the app serves its first request")
 
 
 def _answer_request_errors(app: FastAPI) -> None:
@@ -260,7 +279,8 @@ def refuse_misuse(site: Site) -> None:
 
 def page_style(site: Site) -> str | None:
     """Return the style of the page a route declares; None where it declares none, or takes the parameters itself."""
-    model = site.route.response_model
+    # A websocket has none.
+    model = getattr(site.route, "response_model", None)
     if not (isinstance(model, type) and issubclass(model, BasePage)):
         return None
     annotations = (field.field_info.annotation for d in site.graph() for field in d.query_params)
@@ -271,16 +291,16 @@ def page_style(site: Site) -> str | None:
 def add_dependency(site: Site, dependency: Callable[..., Any]) -> None:
     """Have a route resolve `dependency`, after all of its own."""
     site.route.dependant.dependencies.append(
-        get_parameterless_sub_dependant(depends=Depends(dependency), path=site.route.path_format)
+        utils.get_parameterless_sub_dependant(depends=Depends(dependency), path=site.route.path_format)
     )
 
 
 # Cached routes
 
 
-def cache_route(site: Site, ttl: float) -> None:
+def cache_route(site: Site, ttl: float, database: str) -> None:
     """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
-    plan = key_plan(site, ttl)
+    plan = key_plan(site, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
         return
@@ -351,8 +371,11 @@ def _context() -> RequestContext:
     return context
 
 
-def key_plan(site: Site, ttl: float) -> KeyPlan | str:
-    """Read from the dependency graph what tells one response of a route from another, or why that is unknowable."""
+def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
+    """Read from the dependency graph what tells one response of a route from another, or why that is unknowable.
+
+    database: the address of the default engine's, so that services that share a store do not share entries.
+    """
     headers: set[str] = set()
     cookies: set[str] = set()
     private = False
@@ -367,7 +390,7 @@ def key_plan(site: Site, ttl: float) -> KeyPlan | str:
             (cookies if read[0] == "cookie" else headers).add(read[1])
         elif unknowable := _unknowable(dependant):
             return unknowable
-    for field in get_flat_params(site.route.dependant):
+    for field in utils.get_flat_params(site.route.dependant):
         info: Any = field.field_info
         place = info.in_.value
         names = [field.alias, info.validation_alias]
@@ -376,7 +399,7 @@ def key_plan(site: Site, ttl: float) -> KeyPlan | str:
         elif place == "cookie":
             cookies |= {name for name in names if isinstance(name, str)}
     private = private or bool(cookies) or "authorization" in headers
-    return KeyPlan(_fingerprint(site.route, ttl), tuple(sorted(headers)), tuple(sorted(cookies)), private)
+    return KeyPlan(_fingerprint(site.route, ttl, database), tuple(sorted(headers)), tuple(sorted(cookies)), private)
 
 
 def _header_names(name: str) -> tuple[str, str]:
@@ -409,8 +432,8 @@ def _unknowable(dependant: Any) -> str | None:
     return None
 
 
-def _fingerprint(route: Any, ttl: float) -> str:
-    """Digest whatever makes two releases of a route answer differently from the same rows."""
+def _fingerprint(route: Any, ttl: float, database: str) -> str:
+    """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them."""
     model = route.response_model
     schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
     shape = (
@@ -422,7 +445,7 @@ def _fingerprint(route: Any, ttl: float) -> str:
         route.response_model_exclude_none,
         route.status_code,
     )
-    return blake2b(repr((route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
+    return blake2b(repr((database, route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
 
 
 # Checks: each builds a small app and tries on it what the parts above rely on
@@ -478,7 +501,7 @@ def check_added_dependency() -> None:
 def check_replaced_call() -> None:
     """Cached routes: an endpoint cannot be replaced."""
     _app, site = _specimen()
-    place: Any = get_flat_params(site.route.dependant)[0].field_info
+    place: Any = utils.get_flat_params(site.route.dependant)[0].field_info
     assert place.in_.value == "query"
     call = _answered_from_cache(site.route.dependant.call)
     site.route.dependant.call = call

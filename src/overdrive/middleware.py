@@ -7,6 +7,7 @@ alike, and the request's event sees what they did.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import re
@@ -26,8 +27,13 @@ if TYPE_CHECKING:
 
 request_log = logging.getLogger("overdrive.request")
 
-#: https://www.w3.org/TR/trace-context/#traceparent-header
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+#: https://www.w3.org/TR/trace-context/#traceparent-header: there is no version ff, and 00 has nothing after its flags.
+_TRACEPARENT = re.compile(
+    rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
+)
+
+#: Where a scope tells a mounted app's Observer that it is being observed.
+_OBSERVED = "overdrive"
 
 
 class Observer:
@@ -42,7 +48,12 @@ class Observer:
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
             return
+        if _OBSERVED in scope and self._installation.runtime is None:
+            # A mounted app that was given add_pagination() of its own: what surrounds it has prepared its routes.
+            await self.app(scope, receive, send)
+            return
         self._installation.install()
+        scope[_OBSERVED] = True
         await self._serve(scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,20 +70,27 @@ class Observer:
         installation = self._installation
         context = _context_of(scope, installation)
         id_header = installation.request_id_header, context.request_id.encode()
-        complete = False
+        complete = gone = False
 
         async def observed(message: Message) -> None:
-            nonlocal complete
-            kind = message["type"]
+            nonlocal complete, gone
+            # A websocket may be denied with a response.
+            kind = message["type"].removeprefix("websocket.")
             if kind == "http.response.start":
                 context.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), id_header]
+                # A new message: an app may send the same one to everybody.
+                message = {**message, "headers": [*message.get("headers", ()), id_header]}
             elif kind == "http.response.body":
                 context.bytes_sent += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-            elif kind in ("http.response.pathsend", "websocket.close"):
+            elif kind == "http.response.pathsend":
                 complete = True
-            await send(message)
+            try:
+                await send(message)
+            except OSError:
+                # https://asgi.readthedocs.io/en/latest/specs/www.html#disconnected-client-send-exception
+                gone = True
+                raise
 
         started = time.perf_counter()
         with serving(context):
@@ -86,11 +104,10 @@ class Observer:
                 context.outcome = "cancelled"
                 raise
             except BaseException:
-                context.outcome = "error"
+                context.outcome = "disconnected" if gone else "error"
                 raise
             finally:
                 context.duration = time.perf_counter() - started
-                context.route = context.route or installation.route_of(scope)
                 self._tell(RequestEvent.of(context))
 
     def _tell(self, event: RequestEvent) -> None:
@@ -131,9 +148,21 @@ class RequestPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
         context = current()
-        if context is None or scope["type"] != "http":
+        if context is None or context.runtime is not self._installation.runtime:
             await self.app(scope, receive, send)
             return
+        # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
+        # looked for here.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            if scope["type"] == "http":
+                await self._serve(context, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            context.route = context.route or self._installation.route_of(scope, path)
+
+    async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         self._installation.begin(context)
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
@@ -174,7 +203,8 @@ async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) 
     if handler is None:
         raise error
     request = Request(scope, receive)
-    if asyncio.iscoroutinefunction(handler):
+    # Either may be a coroutine function: a function, or an object that is called.
+    if any(map(inspect.iscoroutinefunction, (handler, type(handler).__call__))):
         response = await handler(request, error)
     else:
         response = await run_in_threadpool(handler, request, error)

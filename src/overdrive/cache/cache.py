@@ -187,7 +187,8 @@ class Exchange:
 
     def start(self, status: int, headers: Iterable[Header]) -> list[Header]:
         """Return the response's headers as they are to be sent, and decide whether it will be stored."""
-        sent = list(headers)
+        own = list(headers)
+        sent = own[:]
         self.context.cache_status = self._mark
         if self.entry is not None:
             age = max(0, int(self._cache.clock() - self.entry.created))
@@ -196,7 +197,8 @@ class Exchange:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
             if self._mark == "miss":
-                self._decide(status, sent)
+                self._decide(status, own)
+                self.headers = sent[:]
         return [
             *sent,
             (b"cache-status", f"overdrive; {self._status}".encode()),
@@ -207,7 +209,6 @@ class Exchange:
         reason = self._reason_not_to_store(status, headers)
         self._status += "; stored" if reason is None else f"; detail={reason}"
         self._storing = reason is None
-        self.headers = headers[:]
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
         if self.context.wrote:

@@ -36,7 +36,7 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
             return "cache-control"
         if name == b"vary" and not _names(value) <= {header.encode() for header in policy.plan.headers}:
             return "vary"
-        if name == b"content-length":
+        if name == b"content-length" and value.isdigit():
             length = int(value)
     if length is None:
         return "stream"

@@ -17,7 +17,7 @@ from .entry import Instant
 from .store import Found, StoreUnavailable
 
 try:
-    from redis.asyncio import Redis
+    from redis.asyncio import BlockingConnectionPool, Redis
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
     from redis.exceptions import RedisError
@@ -29,16 +29,24 @@ T = TypeVar("T")
 #: Seconds a request waits for Redis before it goes on without; the database answers sooner than a dead cache.
 _TIMEOUT = 0.5
 
+#: The most connections a worker opens.
+_CONNECTIONS = 50
+
 # KEYS: clock, tags...  ARGV: an epoch, should there be none.  Returns the epoch and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
-# holds this very stamp is right, since no write came after it.
+# holds this very stamp is right, since no write came after it. So does a tag whose stamp is ahead of the clock:
+# it is of an earlier epoch, and no fill could be older than it.
 _VERSIONS = """
 redis.call('HSETNX', KEYS[1], 'epoch', ARGV[1])
 local now = redis.call('HGET', KEYS[1], 'now') or '0'
 local answer = {redis.call('HGET', KEYS[1], 'epoch')}
 for i = 2, #KEYS do
-    redis.call('SET', KEYS[i], now, 'NX')
-    answer[i] = redis.call('GET', KEYS[i])
+    local stamp = redis.call('GET', KEYS[i])
+    if not stamp or tonumber(stamp) > tonumber(now) then
+        stamp = now
+        redis.call('SET', KEYS[i], stamp)
+    end
+    answer[i] = stamp
 end
 return answer
 """
@@ -82,12 +90,16 @@ class RedisStore:
             ) from None
 
     def _connect(self) -> Redis:
-        return Redis.from_url(
+        # A crowd of requests waits for a connection; it does not take a busy Redis for a dead one.
+        pool = BlockingConnectionPool.from_url(
             self._url,
+            max_connections=_CONNECTIONS,
+            timeout=_TIMEOUT,
             socket_timeout=_TIMEOUT,
             socket_connect_timeout=_TIMEOUT,
             retry=Retry(NoBackoff(), 1),
         )
+        return Redis.from_pool(pool)
 
     async def ping(self) -> None:
         """Ask Redis for an answer; `ConfigurationError` says in one line why it gave none."""

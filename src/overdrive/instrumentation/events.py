@@ -94,4 +94,7 @@ def subscribed(listener: Listener) -> Iterator[None]:
     try:
         yield
     finally:
-        _listeners = tuple(other for other in _listeners if other is not listener)
+        # Only this one: the same callable may have been subscribed elsewhere too.
+        remaining = list(_listeners)
+        remaining.remove(listener)
+        _listeners = tuple(remaining)

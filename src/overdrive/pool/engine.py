@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 from typing import Any
@@ -11,15 +12,18 @@ from sqlalchemy import URL, Connection, Engine, event, make_url, text
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from overdrive.errors import ConfigurationError
 
 from .statement import facts_of, first_word
+from .tasks import start
 
 #: The driver a URL without one gets, and the driver that can do the same for synchronous code.
 _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
 _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
+#: Seconds a server has to confirm that it has cancelled a statement.
+_CLOSE_TIMEOUT = 2
 #: Statements of SQLite that end, begin or cannot be in a transaction.
 _OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
@@ -127,6 +131,7 @@ def prepare(engine: Engine) -> None:
     """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
     if engine.dialect.driver == "asyncpg":
         event.listen(engine, "connect", _end_abandoned_queries)
+        engine.dialect.do_terminate = _close_behind  # type: ignore[method-assign]
     elif engine.dialect.driver == "aiosqlite":
         engine.dialect.do_terminate = _stop_thread  # type: ignore[method-assign]
 
@@ -141,8 +146,8 @@ def _prepare_our_own(engine: Engine) -> None:
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
     """Have the server notice within 100 ms that a client went away in the middle of a query.
 
-    A cancelled query's connection is closed by asyncpg before its own cancel request has left, and the backend
-    would go on to the end of its statement. PostgreSQL 14 and later can watch the socket.
+    Where no cancel request reaches it, a backend goes on to the end of its statement. PostgreSQL 14 and later can
+    watch the socket.
     """
     if dbapi_connection.driver_connection.get_server_version().major < 14:
         return
@@ -151,6 +156,24 @@ def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
         dbapi_connection.run_async(
             lambda connection: connection.execute("SET client_connection_check_interval = '100ms'")
         )
+
+
+def _close_behind(dbapi_connection: Any) -> None:
+    """Close a cancelled connection in a task of its own, where its cancel request is not cancelled with it."""
+    connection = dbapi_connection.driver_connection
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # collected as garbage
+        connection.terminate()
+    else:
+        start(_close(connection))
+
+
+async def _close(connection: Any) -> None:
+    try:
+        await connection.close(timeout=_CLOSE_TIMEOUT)
+    except Exception:
+        connection.terminate()
 
 
 def _stop_thread(dbapi_connection: Any) -> None:
@@ -188,6 +211,12 @@ def _begin_with_the_first_write(
         cursor = connection.connection.cursor()
         cursor.execute("BEGIN IMMEDIATE")
         cursor.close()
+
+
+def capacity_of(pool: QueuePool) -> int | None:
+    """Return how many connections `pool` can have out at once; None where it has no bound."""
+    overflow: int = pool._max_overflow
+    return None if overflow < 0 else pool.size() + overflow
 
 
 async def ping(engine: AsyncEngine) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from overdrive.context import RequestContext
-from .observe import to_the_end
+from .tasks import to_the_end
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

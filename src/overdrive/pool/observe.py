@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +23,7 @@ from sqlalchemy.util import await_only
 from overdrive.context import collectors, current
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 from .statement import EVERYTHING, Facts, facts_of
-
-logger = logging.getLogger("overdrive")
+from .tasks import to_the_end
 
 T = TypeVar("T")
 
@@ -326,26 +324,6 @@ def _streams(context: ExecutionContext) -> bool:
     """Say whether rows are fetched through a server-side cursor, which lives in a transaction."""
     options = context.execution_options
     return bool(options.get("stream_results") or options.get("yield_per"))
-
-
-_unfinished: set[asyncio.Task[Any]] = set()
-
-
-async def to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Wait for `coroutine`, which goes on to its end when the waiting task is cancelled."""
-    task = asyncio.ensure_future(coroutine)
-    _unfinished.add(task)
-    task.add_done_callback(_unfinished.discard)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(_log_failure)
-        raise
-
-
-def _log_failure(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("work that outlived its cancelled request failed", exc_info=error)
 
 
 def _run_from_thread(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | None) -> T:

@@ -10,12 +10,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
-from sqlalchemy import Connection, Engine, Executable, Result, event
+from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from overdrive.errors import SessionEndedError
-from .observe import to_the_end
+from .engine import capacity_of
+from .tasks import to_the_end
 
 logger = logging.getLogger("overdrive")
 
@@ -80,6 +81,8 @@ class SyncSessions:
     def __init__(self, maker: sessionmaker[Session]) -> None:
         self._maker = maker
         self._options: dict[str, Any] = {}
+        # A semaphore belongs to one event loop.
+        self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         event.listen(maker.class_, "after_transaction_create", _refuse_after_end)
 
     @property
@@ -96,6 +99,27 @@ class SyncSessions:
     def open(self) -> Session:
         """Return a new session, which takes a connection with its first statement."""
         return self._maker(**self._options)
+
+    async def admitted(self) -> Callable[[], None]:
+        """Wait until the pool has a connection to spare for one more request; return what gives the place back.
+
+        Plain functions would wait for it in their threads. Those are fewer than requests, and a request that holds
+        a connection needs one more to serialize its response: with all of them waiting, nobody would go on.
+
+        Raises SQLAlchemy's `TimeoutError` after the pool's timeout.
+        """
+        pool = self.engine.pool
+        if not isinstance(pool, QueuePool) or (capacity := capacity_of(pool)) is None:
+            return lambda: None
+        places = self._places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(capacity))
+        try:
+            async with asyncio.timeout(pool.timeout()):
+                await places.acquire()
+        except TimeoutError:
+            raise exc.TimeoutError(
+                f"all {capacity} connections of the pool are in use, and none came back within {pool.timeout():g} s"
+            ) from None
+        return places.release
 
     @contextlib.contextmanager
     def bound_to(self, connection: Connection) -> Iterator[None]:
@@ -163,15 +187,15 @@ class AsyncWork:
 
 
 class SyncWork:
-    """A synchronous session of a request; it is ended in a thread of its own kind.
+    """A synchronous session of a request, ended in threads that no endpoint can keep busy.
 
-    Its threads are not those that endpoints run in: were all of those waiting for a connection, nobody would
-    be left to give one back.
+    leave: gives back the request's place at the pool (`SyncSessions.admitted`).
     """
 
-    def __init__(self, session: Session, commit_on: CommitOn = successful) -> None:
+    def __init__(self, session: Session, commit_on: CommitOn, leave: Callable[[], None]) -> None:
         self.session = session
         self._commit_on = commit_on
+        self._leave = leave
         self._over = False
 
     async def end(self, status: int) -> None:
@@ -187,10 +211,13 @@ class SyncWork:
             await self._finish(commit=False)
 
     async def _finish(self, commit: bool) -> None:
-        if self.session.in_transaction():
-            await to_thread.run_sync(self._close, commit, limiter=_ending_threads())
-        else:
-            self._close(commit=False)
+        try:
+            if self.session.in_transaction():
+                await to_thread.run_sync(self._close, commit, limiter=_ending_threads())
+            else:
+                self._close(commit=False)
+        finally:
+            self._leave()
 
     def _close(self, commit: bool) -> None:
         try:
