@@ -24,7 +24,16 @@ from .errors import ConfigurationError, NotInstalledError, PageError
 from .pagination import select
 from .pagination.cursor import MAX_LENGTH
 from .pagination.page import MAX_PAGE, CursorPage, CursorParams, Page, PageParams
-from .pool.session import AsyncWork, CommitOn, Sessions, SyncSessions, SyncWork, execute, successful
+from .pool.session import (
+    AsyncWork,
+    CommitOn,
+    Sessions,
+    SyncSessions,
+    SyncWork,
+    execute,
+    execute_sync,
+    successful,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -188,7 +197,7 @@ def paginate(
         steps = select.page(statement, parameters)
     if isinstance(db, AsyncSession):
         return select.run_async(steps, partial(execute, db))
-    return select.run(steps, db.execute)
+    return select.run(steps, partial(execute_sync, db))
 
 
 def page_dependency(style: str, settings: PaginationSettings) -> Callable[..., Awaitable[None]]:

@@ -72,6 +72,6 @@ def decode(data: bytes, fingerprint: str) -> Entry | None:
     """Read an entry; None where it is damaged, of another format or of another release."""
     try:
         entry = _decoder.decode(data)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return entry if (entry.format, entry.fingerprint) == (FORMAT, fingerprint) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -250,4 +251,19 @@ async def execute(session: AsyncSession, statement: Executable) -> Result[Any]:
     It goes through the session, with everything a team hangs on it, and is observed at the cursor. A fetch that
     bypasses the cursor reports the same statement through `Observation.started` and `Observation.finished`.
     """
+    if _is_discouraged(session):
+        return await session.run_sync(execute_sync, statement, execution_options={"prebuffer_rows": True})
     return await session.execute(statement)
+
+
+def execute_sync(session: Session, statement: Executable, **options: Any) -> Result[Any]:
+    """Send `statement` through a synchronous session; see `execute`."""
+    send = type(session).execute
+    if _is_discouraged(session):
+        send = inspect.unwrap(send)
+    return send(session, statement, **options)
+
+
+def _is_discouraged(session: AsyncSession | Session) -> bool:
+    """Say whether the session warns of `execute`, as SQLModel's do, whose `exec` returns something else."""
+    return hasattr(type(session).execute, "__deprecated__")

@@ -1,0 +1,42 @@
+"""Requests to a cache without an app around it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from overdrive.cache.cache import Cache, Exchange
+from overdrive.cache.key import KeyPlan
+from overdrive.cache.policy import Policy
+from overdrive.context import RequestContext
+
+ITEMS = "default/items"
+
+
+async def nothing() -> None:
+    pass
+
+
+async def ask(
+    cache: Cache,
+    key: str = "key",
+    *,
+    tags: tuple[str, ...] = (ITEMS,),
+    body: bytes = b"body",
+    meanwhile: Callable[[], Awaitable[None]] = nothing,
+) -> str:
+    """Answer one request as the middleware does, with `meanwhile` between its first read and its response.
+
+    Returned is the mark: hit, miss or bypass.
+    """
+    context = RequestContext(request_id="r", method="GET", path="/")
+    context.instant = cache.seen()
+    exchange = Exchange(cache, Policy(60, KeyPlan("fingerprint")), key, context)
+    await exchange.look_up()
+    if exchange.entry is None:
+        context.reads.tags.update(tags)
+        await meanwhile()
+    else:
+        body = exchange.entry.body
+    headers = dict(exchange.start(200, [(b"content-length", b"%d" % len(body))]))
+    await exchange.body(body, more=False)
+    return headers[b"x-cache"].decode()
