@@ -256,7 +256,7 @@ async def execute(session: AsyncSession, statement: Executable) -> Result[Any]:
     return await session.execute(statement)
 
 
-def execute_sync(session: Session, statement: Executable, **options: Any) -> Result[Any]:
+def execute_sync(session: Session, /, statement: Executable, **options: Any) -> Result[Any]:
     """Send `statement` through a synchronous session; see `execute`."""
     send = type(session).execute
     if _is_discouraged(session):
