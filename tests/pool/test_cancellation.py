@@ -55,14 +55,20 @@ def unread_outcomes_allowed() -> Iterator[None]:
         loop.set_exception_handler(handler)
 
 
+@pytest.mark.parametrize("watching", [True, False], ids=["watching", "unwatching"])
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 @pytest.mark.parametrize("style", ["native", "anyio"])
-async def test_twenty_cancelled_queries_leave_no_backends_behind(postgres_url: str, driver: str, style: str) -> None:
+async def test_twenty_cancelled_queries_leave_no_backends_behind(
+    postgres_url: str, driver: str, style: str, watching: bool
+) -> None:
+    """The cancel request is enough by itself, on a server that does not watch its clients."""
     app = FastAPI()
     overdrive = Overdrive(app, settings=small_pool(postgres_url.replace("asyncpg", driver)))
 
     @app.get("/slow")
     async def slow(db: SessionDep) -> None:
+        if not watching:
+            await db.execute(text("SET client_connection_check_interval = 0"))
         await db.execute(select(func.pg_sleep(30)))
 
     async def cancelled() -> None:
@@ -89,6 +95,13 @@ async def test_twenty_cancelled_queries_leave_no_backends_behind(postgres_url: s
         await eventually(lambda: active() == 0)
         await eventually(lambda: checked_out(overdrive) == 0)
     watcher.dispose()
+    await overdrive.aclose()
+
+
+async def test_server_watches_the_clients_of_asyncpg(postgres_url: str) -> None:
+    overdrive = Overdrive(FastAPI(), database_url=postgres_url)
+    async with overdrive.session() as db:
+        assert await db.scalar(text("SHOW client_connection_check_interval")) == "100ms"
     await overdrive.aclose()
 
 

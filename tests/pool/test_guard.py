@@ -191,6 +191,32 @@ async def test_failing_commit_behind_base_http_middleware_inside_and_outside(sql
         await overdrive.aclose()
 
 
+class Stubborn(PlainTextResponse):
+    """A response that goes on sending whatever it is told."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except BaseException:
+            await send({"type": "http.response.body", "body": b"uncommitted"})
+            raise
+
+
+async def test_nothing_of_the_response_leaves_after_a_failed_commit(sqlite_url: str) -> None:
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url)
+
+    @app.post("/")
+    async def endpoint(db: SessionDep) -> Any:
+        db.add(Item(name="x", parent_id=99))
+        return Stubborn("x")
+
+    with tables(sqlite_url):
+        answer = await call(app, "/", "POST")
+    assert (answer.status, answer.body) == (500, b"Internal Server Error")
+    await overdrive.aclose()
+
+
 async def test_background_task_does_not_run_after_a_failed_commit(sqlite_url: str) -> None:
     ran: list[str] = []
     app = FastAPI()
@@ -277,12 +303,14 @@ async def test_using_the_ended_session_is_loud_and_names_the_fix(url: str, datab
         db.add(item)
         await db.flush()
         tasks.add_task(misuse, db, item)
+        tasks.add_task(misuse, db, item)
 
     assert (await call(app, "/", "POST")).status == 200
-    assert len(errors) == 1
+    assert len(errors) == 2
     if use != "refresh":  # SQLAlchemy's own complaint about a detached object comes first
         assert isinstance(errors[0], SessionEndedError)
         assert "SessionFactoryDep" in str(errors[0])
+        assert isinstance(errors[1], SessionEndedError)
     assert held(overdrive) == 0
     assert names(database) == ["x"]
     await overdrive.aclose()

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from sqlalchemy import Engine, delete, event, func, insert, make_url, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from support import Item, Other, eventually, names, recorded, tables
@@ -148,6 +148,22 @@ async def test_savepoint_is_undone_with_the_transaction_around_it(engine: AsyncE
     assert names(database) == []
 
 
+async def test_sqlite_reader_in_a_savepoint_may_become_a_writer(sqlite_url: str) -> None:
+    with tables(sqlite_url) as database:
+        engine = create_engine(sqlite_url)
+        async with AsyncSession(engine) as session:
+            nested = await session.begin_nested()
+            await session.execute(select(Item))
+            with pytest.raises(OperationalError, match="locked"), database.begin() as connection:
+                connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+                connection.execute(insert(Item).values(name="from outside"))
+            session.add(Item(name="inner"))
+            await nested.commit()
+            await session.commit()
+        assert names(database) == ["inner"]
+        await engine.dispose()
+
+
 async def test_write_in_a_rolled_back_savepoint_may_be_reported_but_is_never_missed(
     engine: AsyncEngine, recorder: Recorder
 ) -> None:
@@ -244,6 +260,7 @@ async def test_after_is_called_when_commit_is_cancelled(
             session.add(Item(name="x"))
             await session.commit()
 
+    before = asyncio.all_tasks()
     assert commit is dialect.do_commit
     with pytest.MonkeyPatch.context() as patch:
         if cancel == "native":
@@ -260,7 +277,27 @@ async def test_after_is_called_when_commit_is_cancelled(
     await eventually(lambda: recorder.outcomes == [Outcome.UNKNOWN])
     pool: Any = engine.sync_engine.pool
     await eventually(lambda: pool.checkedout() == 0)
+    await eventually(lambda: asyncio.all_tasks() <= before)
     # A thread of aiosqlite that is closing its file has its last answer still to hand to this loop.
+    await eventually(lambda: not [thread for thread in threading.enumerate() if "_connection" in thread.name])
+
+
+async def test_after_goes_on_when_its_caller_is_cancelled(engine: AsyncEngine, recorder: Recorder) -> None:
+    recorder.gate = asyncio.Event()
+
+    async def work() -> None:
+        async with AsyncSession(engine) as session:
+            session.add(Item(name="x"))
+            await session.commit()
+
+    task = asyncio.create_task(work())
+    await eventually(lambda: len(recorder.told) == 1)
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    recorder.gate.set()
+    await eventually(lambda: recorder.outcomes == [Outcome.COMMITTED])
     await eventually(lambda: not [thread for thread in threading.enumerate() if "_connection" in thread.name])
 
 

@@ -1,0 +1,115 @@
+"""Commits become stamps, also when the store was away at the time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+
+import pytest
+from cache.exchanges import ITEMS, ask
+
+from overdrive.cache.cache import Cache
+from overdrive.cache.store import MemoryStore, StoreUnavailable
+from overdrive.pool.observe import Outcome
+
+pytestmark = pytest.mark.anyio
+
+WRITES = frozenset((ITEMS,))
+
+
+class Faulty(MemoryStore):
+    """Forgets nothing, and does not hear of writes while `deaf`."""
+
+    def __init__(self) -> None:
+        super().__init__(max_entries=10)
+        self.deaf = False
+        self.bumps: list[set[str]] = []
+
+    async def bump(self, tags: Collection[str]) -> None:
+        if self.deaf:
+            raise StoreUnavailable("deaf")
+        self.bumps.append(set(tags))
+        await super().bump(tags)
+
+
+@pytest.fixture
+def store() -> Faulty:
+    return Faulty()
+
+
+@pytest.fixture
+def cache(store: Faulty, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    # A store that did not answer is asked again at once.
+    monkeypatch.setattr("overdrive.cache.cache._REST", 0.0)
+    return Cache(store)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "mark"), [(Outcome.COMMITTED, "miss"), (Outcome.UNKNOWN, "miss"), (Outcome.ROLLED_BACK, "hit")]
+)
+async def test_what_may_have_been_committed_is_announced(cache: Cache, outcome: Outcome, mark: str) -> None:
+    await ask(cache)
+    await cache.invalidator.after(await cache.invalidator.before(WRITES), outcome)
+    assert await ask(cache) == mark
+
+
+@pytest.mark.parametrize(
+    ("tags", "bumped"),
+    [(("items",), {ITEMS}), (("reports/items", "*"), {"reports/items", "default/*"})],
+)
+async def test_invalidate_names_tables(
+    cache: Cache, store: Faulty, tags: tuple[str, ...], bumped: set[str]
+) -> None:
+    await cache.invalidate(*tags)
+    assert store.bumps == [bumped]
+
+
+async def test_nothing_is_served_over_an_unannounced_write(
+    cache: Cache, store: Faulty, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ask(cache)
+    store.deaf = True
+    with caplog.at_level(logging.ERROR, "overdrive"):
+        await cache.invalidator.after(WRITES, Outcome.COMMITTED)
+    assert "could not be told of a write" in caplog.text
+    assert [await ask(cache), await ask(cache, "never written")] == ["bypass", "bypass"]
+    store.deaf = False
+    assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
+
+
+async def test_writes_that_wait_are_announced_together_and_once(cache: Cache, store: Faulty) -> None:
+    store.deaf = True
+    await cache.invalidator.after(WRITES, Outcome.COMMITTED)
+    await cache.invalidate("others")
+    store.deaf = False
+    await ask(cache)
+    await cache.invalidate("last")
+    assert store.bumps == [{ITEMS, "default/others"}, {"default/last"}]
+
+
+async def test_a_write_during_an_announcement_is_announced_too(cache: Cache, store: Faulty) -> None:
+    announcing, go_on = asyncio.Event(), asyncio.Event()
+    bump = store.bump
+
+    async def slow(tags: Collection[str]) -> None:
+        announcing.set()
+        await go_on.wait()
+        await bump(tags)
+
+    store.bump = slow  # type: ignore[method-assign]
+    first = asyncio.create_task(cache.invalidate("items"))
+    await announcing.wait()
+    second = asyncio.create_task(cache.invalidate("others"))
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert set().union(*store.bumps) == {ITEMS, "default/others"}
+
+
+async def test_a_store_that_did_not_answer_rests(store: Faulty, caplog: pytest.LogCaptureFixture) -> None:
+    cache = Cache(store)
+    store.deaf = True
+    await cache.invalidate("items")
+    with caplog.at_level(logging.WARNING, "overdrive"):
+        assert [await ask(cache), await ask(cache)] == ["bypass", "bypass"]
+    assert caplog.text.count("is left alone for 1 s") == 1
