@@ -60,8 +60,8 @@ def add_routes(service: Service) -> None:
 async def serve(url: str, redis_url: str | None = None) -> AsyncIterator[Service]:
     with tables(url) as database:
         with database.begin() as connection:
-            connection.execute(insert(Item).values(id=1, name="first"))
-            connection.execute(insert(Other).values(id=1, name="other"))
+            connection.execute(insert(Item).values(name="first"))
+            connection.execute(insert(Other).values(name="other"))
         app = FastAPI()
         overdrive = Overdrive(app, database_url=url, redis_url=redis_url, cache=True)
         async with client(app) as http:

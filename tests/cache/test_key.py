@@ -15,13 +15,15 @@ from overdrive.cache.key import KeyPlan, key_of
 texts = st.text("ab=&:/?;,|\0% \"'é", max_size=4)
 pairs = st.lists(st.tuples(texts, texts), max_size=4)
 values = st.lists(texts | st.none(), min_size=2, max_size=2)
-inputs = st.fixed_dictionaries({
-    "host": texts,
-    "path": texts,
-    "query": pairs.map(urlencode),
-    "headers": values,
-    "cookies": values,
-})
+inputs = st.fixed_dictionaries(
+    {
+        "host": texts,
+        "path": texts,
+        "query": pairs.map(urlencode),
+        "headers": values,
+        "cookies": values,
+    }
+)
 PLAN = KeyPlan("fingerprint", ("x-a", "x-b"), ("c", "d"))
 
 

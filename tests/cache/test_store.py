@@ -237,7 +237,13 @@ async def test_a_store_that_is_away_says_so(server_directory: Path) -> None:
     with servers.redis(server_directory) as url:
         store = RedisStore(url, "test")
         await store.ping()
-    for method in (store.load("key"), store.versions([ITEMS]), store.save("key", b"", 1), store.bump([]), store.clear()):
+    for method in (
+        store.load("key"),
+        store.versions([ITEMS]),
+        store.save("key", b"", 1),
+        store.bump([]),
+        store.clear(),
+    ):
         with pytest.raises(StoreUnavailable):
             await method
     secret = RedisStore(url.replace("://", "://user:secret@"), "test")

@@ -188,7 +188,7 @@ class Exchange:
     def start(self, status: int, headers: Iterable[Header]) -> list[Header]:
         """Return the response's headers as they are to be sent, and decide whether it will be stored."""
         own = list(headers)
-        sent = own[:]
+        sent = list(own)
         self.context.cache_status = self._mark
         if self.entry is not None:
             age = max(0, int(self._cache.clock() - self.entry.created))
@@ -198,7 +198,7 @@ class Exchange:
                 sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
             if self._mark == "miss":
                 self._decide(status, own)
-                self.headers = sent[:]
+                self.headers = list(sent)
         return [
             *sent,
             (b"cache-status", f"overdrive; {self._status}".encode()),

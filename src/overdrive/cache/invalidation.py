@@ -20,7 +20,8 @@ class Invalidator:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._unannounced: set[str] = set()
+        #: Each tag with its last write, as one may be written again while it is being announced.
+        self._unannounced: dict[str, object] = {}
 
     async def before(self, writes: frozenset[str]) -> frozenset[str]:
         """Carry the writes over the commit."""
@@ -33,7 +34,7 @@ class Invalidator:
 
     async def announce(self, tags: Collection[str]) -> None:
         """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller."""
-        self._unannounced |= set(tags)
+        self._unannounced |= dict.fromkeys(tags, object())
         try:
             await self.catch_up()
         except StoreUnavailable as error:
@@ -42,6 +43,8 @@ class Invalidator:
     async def catch_up(self) -> None:
         """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
         if self._unannounced:
-            tags = frozenset(self._unannounced)
-            await self.store.bump(tags)
-            self._unannounced -= tags
+            announced = dict(self._unannounced)
+            await self.store.bump(announced)
+            for tag, write in announced.items():
+                if self._unannounced.get(tag) is write:
+                    del self._unannounced[tag]

@@ -129,8 +129,9 @@ def _explained(url: URL) -> Any:
 
 def prepare(engine: Engine) -> None:
     """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
-    if engine.dialect.driver == "asyncpg":
+    if engine.dialect.name == "postgresql" and engine.dialect.is_async:
         event.listen(engine, "connect", _end_abandoned_queries)
+    if engine.dialect.driver == "asyncpg":
         engine.dialect.do_terminate = _close_behind  # type: ignore[method-assign]
     elif engine.dialect.driver == "aiosqlite":
         engine.dialect.do_terminate = _stop_thread  # type: ignore[method-assign]
@@ -146,16 +147,24 @@ def _prepare_our_own(engine: Engine) -> None:
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
     """Have the server notice within 100 ms that a client went away in the middle of a query.
 
-    Where no cancel request reaches it, a backend goes on to the end of its statement. PostgreSQL 14 and later can
-    watch the socket.
+    Where no cancel request reaches it, a backend goes on to the end of its statement; psycopg's own is cancelled with
+    the task that waits for it. PostgreSQL 14 and later can watch the socket.
     """
-    if dbapi_connection.driver_connection.get_server_version().major < 14:
-        return
-    # Not every platform lets the server watch a socket; there the setting is refused.
+    # Older servers do not know the setting, and not every platform lets a server watch a socket.
     with contextlib.suppress(Exception):
-        dbapi_connection.run_async(
-            lambda connection: connection.execute("SET client_connection_check_interval = '100ms'")
-        )
+        dbapi_connection.run_async(_have_client_watched)
+
+
+async def _have_client_watched(connection: Any) -> None:
+    setting = "SET client_connection_check_interval = '100ms'"
+    if not hasattr(connection, "set_autocommit"):  # asyncpg begins no transaction by itself
+        await connection.execute(setting)
+        return
+    await connection.set_autocommit(True)
+    try:
+        await connection.execute(setting)
+    finally:
+        await connection.set_autocommit(False)
 
 
 def _close_behind(dbapi_connection: Any) -> None:
