@@ -16,7 +16,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Select, delete, exists, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Session, foreign, joinedload, relationship, selectinload
+from sqlalchemy.orm import DeclarativeBase, foreign, joinedload, relationship, selectinload
 from support import Item, Other, names, recorded
 
 from overdrive import SessionDep, SyncSessionDep, cached, get_session
@@ -358,7 +358,7 @@ async def test_every_table_of_a_statement_is_a_dependency(service: Service, stat
 
 
 async def test_what_a_dependency_reads_is_a_dependency(service: Service) -> None:
-    async def count(db: AsyncSession = Depends(get_session)) -> int | None:
+    async def count(db: SessionDep) -> int | None:
         return await db.scalar(select(func.count()).select_from(Other))
 
     @service.app.get("/counted")
@@ -445,14 +445,16 @@ def hold_after_reading(service: Service, gate: Gate) -> None:
 
 
 def hold_in_a_dependency(service: Service, gate: Gate) -> None:
-    async def read(db: AsyncSession = Depends(get_session)) -> list[str]:
+    async def read(db: SessionDep) -> list[str]:
         found = list(await db.scalars(select(Item.name).order_by(Item.id)))
         await gate.wait()
         return found
 
+    reading = Depends(read)
+
     @service.app.get("/held")
     @cached
-    async def held(found: list[str] = Depends(read)) -> list[str]:
+    async def held(found: list[str] = reading) -> list[str]:
         return found
 
 
@@ -504,7 +506,7 @@ async def test_a_response_that_wrote_is_not_kept(service: Service) -> None:
 
 
 async def test_a_request_whose_dependencies_wrote_is_not_answered_from_the_cache(service: Service) -> None:
-    async def audit(audited: bool = False, db: AsyncSession = Depends(get_session)) -> None:
+    async def audit(db: SessionDep) -> None:
         if service.app.state.audited:
             db.add(Other(name="audit"))
             await db.flush()
@@ -677,6 +679,9 @@ async def get_db() -> AsyncIterator[AsyncSession]:
     yield
 
 
+TeamSession = Annotated[AsyncSession, Depends(get_db)]
+
+
 def language(accept_language: str = Header("en")) -> str:
     return accept_language
 
@@ -699,8 +704,8 @@ async def test_an_overridden_dependency_is_not_in_the_key_so_nothing_is_cached(s
 async def test_a_session_of_ours_in_place_of_the_teams_is_no_obstacle(service: Service) -> None:
     @service.app.get("/team")
     @cached
-    async def team(db: Session = Depends(get_db)) -> list[str]:
-        return list(await db.scalars(select(Item.name)))  # type: ignore[misc]
+    async def team(db: TeamSession) -> list[str]:
+        return list(await db.scalars(select(Item.name)))
 
     service.app.dependency_overrides[get_db] = get_session
     assert await service.marks("/team", "/team") == MISS_AND_HIT

@@ -129,7 +129,9 @@ class Door:
         self.known = {"alice", "bob"}
         self.asked: list[str] = []
 
-        def enter(credential: Any = Security(scheme)) -> str:
+        given = Security(scheme)
+
+        def enter(credential: Any = given) -> str:
             name = getattr(credential, "credentials", None) or getattr(credential, "username", credential)
             self.asked.append(name)
             if name not in self.known:

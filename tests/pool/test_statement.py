@@ -1,0 +1,192 @@
+"""What a compiled statement says of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    ForeignKey,
+    Integer,
+    Sequence,
+    String,
+    case,
+    cast,
+    column,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    literal_column,
+    null,
+    select,
+    table,
+    text,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    joinedload,
+    mapped_column,
+    relationship,
+    selectinload,
+    with_loader_criteria,
+)
+from sqlalchemy.orm import aliased as orm_aliased
+from sqlalchemy.sql import ColumnElement
+
+from overdrive.pool.statement import EVERYTHING, Facts, facts_of
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    posts: Mapped[list[Post]] = relationship(back_populates="user")
+
+
+class Post(Base):
+    __tablename__ = "posts"
+    __table_args__ = {"schema": "blog"}  # noqa: RUF012
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    user: Mapped[User] = relationship(back_populates="posts")
+
+
+class Clock(ColumnElement[int]):
+    inherit_cache = True
+    type = Integer()
+
+
+@compiles(Clock)
+def _compile_clock(element: Clock, compiler: Any, **_: Any) -> str:
+    return "extract(epoch from clock_timestamp())"
+
+
+class Context:
+    """The one thing of an execution context that is looked at."""
+
+    def __init__(self, statement: Any) -> None:
+        self.compiled = statement.compile(dialect=postgresql.dialect())
+
+
+def facts(statement: Any) -> Facts:
+    context: Any = Context(statement)
+    return facts_of(context, str(context.compiled))
+
+
+USERS, POSTS, BOTH = {"users"}, {"blog.posts"}, {"users", "blog.posts"}
+
+PLAIN = {
+    "entity": (select(User), USERS),
+    "columns": (select(User.id, User.name), USERS),
+    "join": (select(User).join(User.posts), BOTH),
+    "joined eager load": (select(User).options(joinedload(User.posts)), BOTH),
+    "select-in eager load reads its tables with a statement of its own": (
+        select(User).options(selectinload(User.posts)),
+        USERS,
+    ),
+    "exists": (select(User).where(User.posts.any()), BOTH),
+    "scalar exists": (select(exists().where(Post.id == 1)), POSTS),
+    "in subquery": (select(User).where(User.id.in_(select(Post.user_id))), BOTH),
+    "cte": (select(select(Post).cte("c")), POSTS),
+    "union": (select(User.id).union(select(Post.id)), BOTH),
+    "alias": (select(orm_aliased(User)), USERS),
+    "core alias": (select(User.__table__.alias()), USERS),
+    "lateral": (select(User, select(Post.id).where(Post.user_id == User.id).lateral()), BOTH),
+    "loader criteria": (
+        select(User).options(with_loader_criteria(User, User.id.in_(select(Post.user_id)))),
+        BOTH,
+    ),
+    "lightweight table": (select(column("x")).select_from(table("t")), {"t"}),
+    "aggregates": (select(func.count(), func.sum(Post.id), func.max(Post.id)).select_from(Post), POSTS),
+    "window": (select(func.row_number().over(order_by=User.id)), USERS),
+    "expressions": (select(cast(User.id, String), case((User.id > 1, 2), else_=3), User.name.ilike("a%")), USERS),
+    "literals": (select(literal(1), null(), literal_column("1"), literal_column("'x'")), set()),
+    "type coercion": (select(type_coerce(User.id, String)), USERS),
+    "limit": (select(User).limit(3).offset(2), USERS),
+}
+
+NOT_PLAIN = {
+    "for update": (select(User).with_for_update(), None),
+    "now": (select(User).where(User.id > func.now()), "now()"),
+    "random": (select(User).order_by(func.random()), "random()"),
+    "unknown function": (select(func.charge_card(User.id)), "charge_card()"),
+    "function of a schema": (select(func.billing.lower(User.name)), "lower()"),
+    "sequence": (select(Sequence("s").next_value()), "next_value"),
+    "text in a select": (select(User).where(text("1 = 1")), "text()"),
+    "literal_column with a query in it": (select(literal_column("(SELECT 1 FROM t)")), "literal_column()"),
+    "element of one's own": (select(Clock()), "Clock"),
+}
+
+WRITES = {
+    "insert": (insert(User).values(name="x"), USERS),
+    "update": (update(User).values(name="x").where(User.id.in_(select(Post.user_id))), USERS),
+    "delete": (delete(Post), POSTS),
+    "insert from select": (insert(Post).from_select(["user_id"], select(User.id)), POSTS),
+    "upsert": (postgresql.insert(User).values(id=1, name="x").on_conflict_do_nothing(), USERS),
+    "insert in a cte": (select(insert(Post).values(user_id=1).returning(Post.id).cte("c").c.id), POSTS),
+    "text": (text("UPDATE users SET name = 'x'"), {EVERYTHING}),
+    "text with a cte": (text("WITH x AS (DELETE FROM users RETURNING 1) SELECT 1"), {EVERYTHING}),
+    "text with a comment first": (text("/* x */ SELECT 1"), {EVERYTHING}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_reads_name_their_tables(name: str) -> None:
+    statement, tables = PLAIN[name]
+    assert facts(statement) == Facts(frozenset(tables), frozenset(), None, plain=True)
+
+
+@pytest.mark.parametrize("name", NOT_PLAIN)
+def test_what_depends_on_more_than_its_tables_is_not_plain(name: str) -> None:
+    statement, why = NOT_PLAIN[name]
+    found = facts(statement)
+    assert not found.plain
+    assert not found.writes
+    assert (found.unknown is None) if why is None else (why in str(found.unknown))
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writes_name_their_tables(name: str) -> None:
+    statement, tables = WRITES[name]
+    found = facts(statement)
+    assert (found.writes, found.plain) == (frozenset(tables), False)
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1", "  values (1)", "SHOW server_version", "explain SELECT 1", "SET x = 1"])
+def test_textual_reads_write_nothing_and_describe_nothing(sql: str) -> None:
+    found = facts(text(sql))
+    assert (found.reads, found.writes, found.plain) == ({EVERYTHING}, frozenset(), False)
+    assert found.unknown
+
+
+@pytest.mark.parametrize("sql", ["SAVEPOINT a", "RELEASE SAVEPOINT a", "ROLLBACK TO SAVEPOINT a"])
+def test_savepoints_neither_read_nor_write(sql: str) -> None:
+    assert facts(text(sql)) == Facts(frozenset(), frozenset(), None, plain=False)
+
+
+def test_ddl_writes_everything() -> None:
+    from sqlalchemy.schema import CreateTable
+
+    assert facts(CreateTable(User.__table__)).writes == {EVERYTHING}  # type: ignore[arg-type]
+
+
+def test_driver_sql_is_text() -> None:
+    context: Any = Context(select(User))
+    context.compiled = None
+    assert facts_of(context, "DELETE FROM users").writes == {EVERYTHING}
+
+
+def test_compiled_statement_is_read_once() -> None:
+    context: Any = Context(select(User))
+    assert facts_of(context, "") is facts_of(context, "")
