@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, routing
 from fastapi import __version__ as fastapi_version
@@ -25,7 +25,7 @@ from fastapi.dependencies import utils
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from fastapi.security.base import SecurityBase
-from pydantic import BaseModel, TypeAdapter
+from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 from starlette.middleware import Middleware
 from starlette.routing import Mount, compile_path
 
@@ -234,7 +234,10 @@ class Installation:
         if mark is not None and self.runtime is not None and works(check_replaced_call):
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
-            cache_route(site, mark.ttl or self.runtime.cache.ttl, database)
+            try:
+                cache_route(site, mark.ttl or self.runtime.cache.ttl, database)
+            except Exception:
+                logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
 
 def _refuse_late(app: FastAPI) -> None:
@@ -323,7 +326,7 @@ def _look_up(site: Site, policy: Policy, calls: list[Any]) -> Callable[..., Any]
             host=request.headers.get("host", ""),
             path=context.path,
             query=context.query,
-            headers=[request.headers.get(name) for name in plan.headers],
+            headers=[request.headers.getlist(name) for name in plan.headers],
             cookies=[request.cookies.get(name) for name in plan.cookies],
         )
         exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context)
@@ -341,13 +344,13 @@ def _answered_from_cache(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(endpoint)
         async def call(**values: Any) -> Any:
-            return _stored_response() or await endpoint(**values)
+            return _stored_response() or _kept(await endpoint(**values))
 
     else:
 
         @functools.wraps(endpoint)
         def call(**values: Any) -> Any:
-            return _stored_response() or endpoint(**values)
+            return _stored_response() or _kept(endpoint(**values))
 
     return call
 
@@ -357,12 +360,21 @@ def _stored_response() -> Response | None:
     entry = context.exchange.entry if context.exchange is not None else None
     if entry is None:
         return None
-    # Headers that this request's dependencies have set are newer than those that were stored with the body.
-    fresh = context.response.headers.raw
-    names = {name for name, _ in fresh}
+    # Headers that this request's dependencies have set are newer than those that were stored with the body. What
+    # was not sent with the body is not sent now: an endpoint that returns a `Response` sends none of them.
+    stored = {name for name, _ in entry.headers}
+    fresh = [header for header in context.response.headers.raw if header[0] in stored]
+    replaced = {name for name, _ in fresh}
     response = Response(entry.body, entry.status)
-    response.raw_headers = [header for header in entry.headers if header[0] not in names] + fresh
+    response.raw_headers = [header for header in entry.headers if header[0] not in replaced] + fresh
     return response
+
+
+def _kept(result: Any) -> Any:
+    """Keep a response with a task in it out of the cache: from there the task would not be started."""
+    if isinstance(result, Response) and result.background is not None and (exchange := _context().exchange):
+        exchange.bypass("background-task")
+    return result
 
 
 def _context() -> RequestContext:
@@ -390,16 +402,28 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
             (cookies if read[0] == "cookie" else headers).add(read[1])
         elif unknowable := _unknowable(dependant):
             return unknowable
-    for field in utils.get_flat_params(site.route.dependant):
-        info: Any = field.field_info
-        place = info.in_.value
-        names = [field.alias, info.validation_alias]
-        if place == "header":
-            headers |= {form for name in names if isinstance(name, str) for form in _header_names(name)}
-        elif place == "cookie":
-            cookies |= {name for name in names if isinstance(name, str)}
+        headers |= {form for name in _names(dependant.header_params) for form in _header_names(name)}
+        cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     return KeyPlan(_fingerprint(site.route, ttl, database), tuple(sorted(headers)), tuple(sorted(cookies)), private)
+
+
+def _names(parameters: list[Any]) -> Iterator[str]:
+    """Return every name under which parameters, or the fields of a model of parameters, may be sent."""
+    for parameter in parameters:
+        own = {parameter.name: parameter.field_info}
+        models = _models(parameter.field_info.annotation)
+        for fields in [model.model_fields for model in models] or [own]:
+            for name, info in fields.items():
+                alias = info.validation_alias
+                choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+                paths = [choice.path[0] if isinstance(choice, AliasPath) else choice for choice in choices]
+                yield from (each for each in (name, info.alias, *paths) if isinstance(each, str))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    kinds = get_args(annotation) or (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _header_names(name: str) -> tuple[str, str]:
@@ -425,9 +449,8 @@ def _unknowable(dependant: Any) -> str | None:
         return f"{name}() takes BackgroundTasks, which a stored response would not start"
     if dependant.body_params:
         return f"{name}() reads the body"
-    for field in (*dependant.header_params, *dependant.cookie_params):
-        model = field.field_info.annotation
-        if isinstance(model, type) and issubclass(model, BaseModel) and model.model_config.get("extra") == "allow":
+    for parameter in (*dependant.header_params, *dependant.cookie_params):
+        if any(model.model_config.get("extra") == "allow" for model in _models(parameter.field_info.annotation)):
             return f"{name}() takes every header or cookie there is"
     return None
 
@@ -501,8 +524,9 @@ def check_added_dependency() -> None:
 def check_replaced_call() -> None:
     """Cached routes: an endpoint cannot be replaced."""
     _app, site = _specimen()
-    place: Any = utils.get_flat_params(site.route.dependant)[0].field_info
-    assert place.in_.value == "query"
+    dependant = site.route.dependant
+    assert list(_names(dependant.query_params)) == ["q", "q"]
+    assert _unknowable(dependant) is None
     call = _answered_from_cache(site.route.dependant.call)
     site.route.dependant.call = call
     assert next(sites(_app)).route.dependant.call is call

@@ -70,6 +70,7 @@ class Observer:
         installation = self._installation
         context = _context_of(scope, installation)
         id_header = installation.request_id_header, context.request_id.encode()
+        installation.begin(context)
         complete = gone = False
 
         async def observed(message: Message) -> None:
@@ -163,7 +164,6 @@ class RequestPath:
             context.route = context.route or self._installation.route_of(scope, path)
 
     async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
-        self._installation.begin(context)
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextvars import Context
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -17,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Select, delete, exists, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, foreign, joinedload, relationship, selectinload
+from starlette.background import BackgroundTask
 from support import Item, Other, names, recorded
 
-from overdrive import SessionDep, SyncSessionDep, cached, get_session
+from overdrive import Overdrive, SessionDep, SyncSessionDep, cached, get_session
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.testing import Clock
 
@@ -163,6 +165,25 @@ async def test_headers_of_dependencies_are_this_requests(service: Service) -> No
     assert hit.headers["x-cache"] == "hit"
     assert hit.headers.get_list("x-visit") == ["2"]
     assert hit.headers.get_list("x-made") == ["once"]
+
+
+async def test_an_error_in_place_of_a_stored_answer_is_no_hit(service: Service) -> None:
+    async def leave() -> AsyncIterator[None]:
+        yield
+        if service.app.state.failing:
+            raise HTTPException(503)
+
+    @service.app.get("/left", dependencies=[Depends(leave, scope="function")])
+    @cached
+    async def left() -> int:
+        return 1
+
+    service.app.state.failing = False
+    assert await service.marks("/left", "/left") == MISS_AND_HIT
+    service.app.state.failing = True
+    answer = await service.get("/left")
+    assert (answer.status_code, answer.headers["cache-status"]) == (503, "overdrive; fwd=bypass; detail=status")
+    assert "age" not in answer.headers
 
 
 async def test_included_and_mounted_routes_have_entries_of_their_own(service: Service) -> None:
@@ -404,6 +425,12 @@ async def test_switched_off_and_on_at_run_time(service: Service) -> None:
     assert await service.marks("/names", "/names") == MISS_AND_HIT
 
 
+async def test_off_under_pytest_unless_asked_for(sqlite_url: str) -> None:
+    overdrive = Overdrive(FastAPI(), database_url=sqlite_url)
+    assert not overdrive.cache.enabled
+    await overdrive.aclose()
+
+
 # Writes that come in between
 
 
@@ -640,6 +667,10 @@ async def every_header(headers: Annotated[EveryHeader, Header()]) -> int:
     return 1
 
 
+async def perhaps_every_header(headers: Annotated[EveryHeader | None, Header()] = None) -> int:
+    return 1
+
+
 async def background(tasks: BackgroundTasks) -> int:
     return 1
 
@@ -658,6 +689,7 @@ async def behind_a_dependency(count: int = Depends(hidden)) -> int:
         (whole_request, "whole_request() takes the whole request"),
         (behind_a_dependency, "whole_request() takes the whole request"),
         (background, "background() takes BackgroundTasks"),
+        (perhaps_every_header, "perhaps_every_header() takes every header or cookie there is"),
         (every_header, "every_header() takes every header or cookie there is"),
     ],
 )
@@ -711,3 +743,66 @@ async def test_a_session_of_ours_in_place_of_the_teams_is_no_obstacle(service: S
     assert await service.marks("/team", "/team") == MISS_AND_HIT
     await service.write(orm_insert)
     assert await service.marks("/team") == ["miss"]
+
+
+async def test_response_with_a_task_in_it_is_not_stored(service: Service) -> None:
+    ran: list[int] = []
+
+    @service.app.get("/task")
+    @cached
+    async def task() -> Response:
+        return PlainTextResponse("done", background=BackgroundTask(ran.append, 1))
+
+    for _ in range(2):
+        answer = await service.get("/task")
+        assert answer.headers["cache-status"] == "overdrive; fwd=bypass; detail=background-task"
+    assert ran == [1, 1]
+
+
+async def set_header(response: Response) -> None:
+    response.headers["x-dependency"] = "set"
+
+
+async def test_hit_of_a_response_object_has_the_headers_of_the_miss(service: Service) -> None:
+    @service.app.get("/object", dependencies=[Depends(set_header)])
+    @cached
+    async def plain() -> Response:
+        return PlainTextResponse("text")
+
+    first, second = await service.get("/object"), await service.get("/object")
+    assert (first.headers["x-cache"], second.headers["x-cache"]) == ("miss", "hit")
+    assert "x-dependency" not in first.headers
+    assert "x-dependency" not in second.headers
+
+
+async def test_what_a_middleware_has_read_before_a_write_is_not_stored_after_it(service: Service) -> None:
+    """The clock is noted before anything of the request is read, in its outermost layer too."""
+    seen: list[list[str]] = []
+
+    async def write() -> None:
+        async with service.overdrive.session() as db:
+            db.add(Item(name="meanwhile"))
+
+    class Reading:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            async with service.overdrive.session() as db:
+                seen.append(list(await db.scalars(select(Item.name))))
+            if len(seen) == 1:
+                # Somebody else's write, not this request's.
+                await asyncio.create_task(write(), context=Context())
+            await self.app(scope, receive, send)
+
+    service.app.add_middleware(Reading)
+
+    @service.app.get("/seen")
+    @cached
+    async def newest() -> list[str]:
+        return seen[-1]
+
+    assert "meanwhile" not in (await service.get("/seen")).json()
+    second = await service.get("/seen")
+    assert (second.headers["x-cache"], "meanwhile" in second.json()) == ("miss", True)
+    assert (await service.get("/seen")).headers["x-cache"] == "hit"

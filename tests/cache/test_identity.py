@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from cache.service import Service
-from fastapi import APIRouter, Cookie, Depends, Header, HTTPException, Security
+from fastapi import APIRouter, Cookie, Depends, Header, HTTPException, Query, Security
 from fastapi.security import (
     APIKeyCookie,
     APIKeyHeader,
@@ -17,6 +17,7 @@ from fastapi.security import (
     OAuth2PasswordBearer,
 )
 from fastapi.security.base import SecurityBase
+from pydantic import AliasChoices, BaseModel
 from sqlalchemy import select
 from support import Item
 
@@ -71,6 +72,30 @@ async def by_cookie(tenant: str | None = Cookie(None)) -> str | None:
     return tenant
 
 
+async def by_repeated_header(x_tenant: Annotated[list[str], Header()]) -> str:
+    return x_tenant[-1]
+
+
+async def by_choice(value: Annotated[str, Header(validation_alias=AliasChoices("x-id", "x-tenant"))]) -> str:
+    return value
+
+
+class Tenant(BaseModel):
+    x_tenant: str | None = None
+
+
+async def by_header_model(headers: Annotated[Tenant, Header()]) -> str | None:
+    return headers.x_tenant
+
+
+class TenantCookie(BaseModel):
+    tenant: str | None = None
+
+
+async def by_cookie_model(cookies: Annotated[TenantCookie, Cookie()]) -> str | None:
+    return cookies.tenant
+
+
 async def by_dependency(language: str | None = Depends(locale)) -> str | None:
     return language
 
@@ -80,6 +105,9 @@ async def by_dependency(language: str | None = Depends(locale)) -> str | None:
     [
         (by_header, "x-tenant"),
         (by_alias, "x-tenant"),
+        (by_choice, "x-tenant"),
+        (by_header_model, "x-tenant"),
+        (by_cookie_model, "cookie"),
         (by_dependency, "accept-language"),
         (by_cookie, "cookie"),
     ],
@@ -91,9 +119,32 @@ async def test_headers_and_cookies_that_are_read_are_in_the_key(service: Service
         for value in ("a", "b", "A"):
             answer = await service.get("/read", headers={name: form.format(value)})
             assert (answer.headers["x-cache"], answer.json()) == (mark, value)
-    assert (await service.get("/read", headers={name: ""})).json() != "a"
     private = "private, no-cache" if name == "cookie" else "no-cache"
     assert (await service.get("/read", headers={name: form.format("a")})).headers["cache-control"] == private
+
+
+async def test_every_value_of_a_repeated_header_is_in_the_key(service: Service) -> None:
+    service.app.get("/read")(cached(by_repeated_header))
+    for mark in ("miss", "hit"):
+        for last in ("a", "b"):
+            answer = await service.get("/read", headers=[("x-tenant", "first"), ("x-tenant", last)])
+            assert (answer.headers["x-cache"], answer.json()) == (mark, last)
+
+
+class Filter(BaseModel):
+    a: int = 0
+
+
+async def by_query_model(chosen: Annotated[Filter, Query()]) -> int:
+    return chosen.a
+
+
+async def test_a_model_of_query_parameters_is_in_the_key(service: Service) -> None:
+    service.app.get("/read")(cached(by_query_model))
+    for mark in ("miss", "hit"):
+        for value in (1, 2):
+            answer = await service.get(f"/read?a={value}")
+            assert (answer.headers["x-cache"], answer.json()) == (mark, value)
 
 
 async def test_those_that_are_not_are_not(service: Service) -> None:

@@ -169,12 +169,14 @@ async def test_another_workers_write_refuses_a_fill(stores: tuple[RedisStore, Re
     assert await ask(one) == "miss"
 
 
-async def test_prefixes_do_not_see_each_other(redis_url: str) -> None:
+async def test_prefixes_do_not_see_each_other(redis_url: str, server: Redis) -> None:
     one, other = Cache(RedisStore(redis_url, "one")), Cache(RedisStore(redis_url, "other"))
     assert [await ask(one), await ask(other)] == ["miss", "miss"]
     await one.invalidate("items")
     await one.clear()
     assert [await ask(other), await ask(one)] == ["hit", "miss"]
+    async for key in server.scan_iter():
+        assert key.startswith((b"one:", b"other:"))
     await one.store.aclose()
     await other.store.aclose()
 
@@ -257,14 +259,14 @@ def test_a_url_that_cannot_be_read_is_a_setting_that_cannot_work() -> None:
         RedisStore("localhost:6379", "test")
 
 
-async def test_a_script_with_several_loops(redis_url: str) -> None:
+async def test_each_loop_has_connections_of_its_own(redis_url: str) -> None:
     store = RedisStore(redis_url, "test")
 
     async def visit() -> None:
         await store.bump([ITEMS])
         await store.aclose()
 
-    await visit()
+    await store.bump([ITEMS])
     await asyncio.to_thread(asyncio.run, visit())
     assert (await store.load("key")).instant.now == 2
     await store.aclose()

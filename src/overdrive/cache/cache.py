@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from overdrive.context import RequestContext
+
 from .entry import FORMAT, Entry, Instant, State, decode, encode
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store
@@ -171,7 +172,7 @@ class Exchange:
             self.instant = instant
 
     def bypass(self, why: str) -> None:
-        """Note that the cache was not asked."""
+        """Note that the cache does not take part."""
         self._mark, self._status = "bypass", f"fwd=bypass; detail={why}"
 
     def miss(self, kind: str, detail: str = "") -> None:
@@ -189,6 +190,10 @@ class Exchange:
         """Return the response's headers as they are to be sent, and decide whether it will be stored."""
         own = list(headers)
         sent = list(own)
+        if self.entry is not None and status != self.entry.status:
+            # A dependency has failed on its way out, so this is not the stored answer.
+            self.entry = None
+            self.bypass("status")
         self.context.cache_status = self._mark
         if self.entry is not None:
             age = max(0, int(self._cache.clock() - self.entry.created))

@@ -32,7 +32,7 @@ def key_of(
     host: str,
     path: str,
     query: str,
-    headers: Sequence[str | None],
+    headers: Sequence[Sequence[str]],
     cookies: Sequence[str | None],
 ) -> str:
     """Return the key as 32 hexadecimal digits.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from overdrive.errors import ConfigurationError
+
 from .entry import Instant
 from .store import Found, StoreUnavailable
 
