@@ -14,8 +14,8 @@ from sqlalchemy import Engine, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import NullPool
-from sqlmodel import SQLModel
 from sqlmodel import Session as SQLModelSession
+from sqlmodel import SQLModel
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelAsyncSession
 from support import Item, Other, call, client, names, outside, tables
 
@@ -54,7 +54,7 @@ async def added(app: FastAPI, name: str = "x") -> int:
 
 
 def adding(app: FastAPI, dependency: Any) -> None:
-    async def add(name: str, db: AsyncSession = Depends(dependency)) -> None:
+    async def add(name: str, db: AsyncSession = Depends(dependency)) -> None:  # noqa: B008
         db.add(Item(name=name))
 
     app.post("/")(add)
@@ -314,7 +314,7 @@ async def test_several_engines_have_sessions_and_tags_of_their_own(sqlite_url: s
             assert (await http.get("/report")).json() == 2
     async with overdrive.session("reports") as db:
         assert await db.scalar(select(func.count()).select_from(Other)) == 0
-    with pytest.raises(ConfigurationError, match="no engine 'archive'.*default, reports"):
+    with pytest.raises(ConfigurationError, match=r"no engine 'archive'.*default, reports"):
         overdrive.session("archive")
     await overdrive.aclose()
     await reports.dispose()

@@ -68,7 +68,11 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
     read = Settings.load().model_dump()
     secret = read["pagination"].pop("secret")
     assert secret.get_secret_value() == given.pop("PAGINATION__SECRET")
-    flat = {f"{part}__{name}": value for part in ("pool", "cache", "log", "pagination") for name, value in read[part].items()}
+    flat = {
+        f"{part}__{name}": value
+        for part in ("pool", "cache", "log", "pagination")
+        for name, value in read[part].items()
+    }
     flat |= {name: read[name] for name in ("database_url", "redis_url")}
     assert {name.upper(): value for name, value in flat.items()} == given
 

@@ -65,9 +65,7 @@ async def service(url: str, database: Engine) -> AsyncIterator[tuple[FastAPI, Ov
     await overdrive.aclose()
 
 
-async def test_requests_see_each_other_and_nothing_stays(
-    service: tuple[FastAPI, Overdrive], database: Engine
-) -> None:
+async def test_requests_see_each_other_and_nothing_stays(service: tuple[FastAPI, Overdrive], database: Engine) -> None:
     app, overdrive = service
     async with rolled_back(overdrive) as db, client(app) as http:
         db.add(Item(name="arranged"))

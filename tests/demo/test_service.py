@@ -72,13 +72,14 @@ class Service:
         return str(response.headers["x-cache"])
 
     def logged(self, request_id: str) -> list[dict[str, Any]]:
-        """The log lines of a request, of which its event is the last."""
+        """The log lines of a request up to its event; what the server says of it comes after."""
         return until(lambda: self._lines_of(request_id))  # type: ignore[no-any-return]
 
     def _lines_of(self, request_id: str) -> list[dict[str, Any]] | None:
         written = self._log.read_text().rpartition("\n")[0]
         lines = [line for line in map(json.loads, written.splitlines()) if line.get("request_id") == request_id]
-        return lines if lines and lines[-1]["logger"] == "overdrive.request" else None
+        events = [number for number, line in enumerate(lines, 1) if line["logger"] == "overdrive.request"]
+        return lines[: events[0]] if events else None
 
 
 @pytest.fixture(scope="module", params=["SQLite and memory", "PostgreSQL and Redis"])

@@ -135,9 +135,7 @@ class Gate:
 
 @pytest.mark.parametrize("where", ["before", "after"])
 @pytest.mark.parametrize("style", ["native", "twice", "anyio"])
-async def test_request_cancelled_while_it_commits_commits(
-    url: str, database: Engine, where: str, style: str
-) -> None:
+async def test_request_cancelled_while_it_commits_commits(url: str, database: Engine, where: str, style: str) -> None:
     app = FastAPI()
     overdrive = Overdrive(app, database_url=url)
     gate = Gate(overdrive, where)

@@ -334,6 +334,13 @@ async def test_stream_that_uses_the_requests_session_fails_without_a_leak(url: s
     await overdrive.aclose()
 
 
+async def fail(sessions: Any) -> None:
+    async with sessions() as db:
+        db.add(Item(name="undone"))
+        await db.flush()
+        raise ZeroDivisionError
+
+
 async def test_factory_serves_background_tasks_and_streams(url: str, database: Engine) -> None:
     app = FastAPI()
     overdrive = Overdrive(app, database_url=url)
@@ -342,10 +349,7 @@ async def test_factory_serves_background_tasks_and_streams(url: str, database: E
         async with sessions() as db:
             db.add(Item(name="background"))
         with pytest.raises(ZeroDivisionError):
-            async with sessions() as db:
-                db.add(Item(name="undone"))
-                await db.flush()
-                raise ZeroDivisionError
+            await fail(sessions)
 
     @app.get("/")
     async def endpoint(sessions: SessionFactoryDep, tasks: BackgroundTasks) -> StreamingResponse:
@@ -390,7 +394,7 @@ def test_websocket_gets_a_factory_and_is_refused_a_session(sqlite_url: str) -> N
     @refused.websocket("/ws")
     async def bad(socket: WebSocket, db: SessionDep) -> None: ...
 
-    with pytest.raises(ConfigurationError, match="/ws is a websocket.*SessionFactoryDep"), TestClient(refused):
+    with pytest.raises(ConfigurationError, match=r"/ws is a websocket.*SessionFactoryDep"), TestClient(refused):
         pass
     assert overdrive.engine.sync_engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 

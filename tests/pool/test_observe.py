@@ -131,7 +131,9 @@ async def test_textual_sql_writes_everything_unless_it_reads(engine: AsyncEngine
     assert recorder.told == [({"main/*"}, None), ({"main/*"}, Outcome.COMMITTED)]
 
 
-async def test_savepoint_released_is_reported_and_again_with_the_commit(engine: AsyncEngine, recorder: Recorder) -> None:
+async def test_savepoint_released_is_reported_and_again_with_the_commit(
+    engine: AsyncEngine, recorder: Recorder
+) -> None:
     async with AsyncSession(engine) as session:
         async with session.begin_nested():
             session.add(Item(name="inner"))
@@ -148,15 +150,20 @@ async def test_savepoint_is_undone_with_the_transaction_around_it(engine: AsyncE
     assert names(database) == []
 
 
+def write_at_once(database: Engine) -> None:
+    with database.begin() as connection:
+        connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+        connection.execute(insert(Item).values(name="from outside"))
+
+
 async def test_sqlite_reader_in_a_savepoint_may_become_a_writer(sqlite_url: str) -> None:
     with tables(sqlite_url) as database:
         engine = create_engine(sqlite_url)
         async with AsyncSession(engine) as session:
             nested = await session.begin_nested()
             await session.execute(select(Item))
-            with pytest.raises(OperationalError, match="locked"), database.begin() as connection:
-                connection.exec_driver_sql("PRAGMA busy_timeout = 0")
-                connection.execute(insert(Item).values(name="from outside"))
+            with pytest.raises(OperationalError, match="locked"):
+                write_at_once(database)
             session.add(Item(name="inner"))
             await nested.commit()
             await session.commit()
@@ -231,9 +238,7 @@ async def test_observer_can_refuse_a_commit(engine: AsyncEngine, database: Engin
 
 
 @pytest.mark.parametrize("cancel", ["native", "anyio"])
-async def test_after_is_called_when_commit_is_cancelled(
-    engine: AsyncEngine, recorder: Recorder, cancel: str
-) -> None:
+async def test_after_is_called_when_commit_is_cancelled(engine: AsyncEngine, recorder: Recorder, cancel: str) -> None:
     dialect: Any = engine.sync_engine.dialect
     committing, commit = asyncio.Event(), dialect.do_commit
 
@@ -304,9 +309,7 @@ async def test_after_goes_on_when_its_caller_is_cancelled(engine: AsyncEngine, r
 # Synchronous engines
 
 
-async def test_commit_in_a_thread_is_reported_on_the_serving_loop(
-    synchronous: Observation, recorder: Recorder
-) -> None:
+async def test_commit_in_a_thread_is_reported_on_the_serving_loop(synchronous: Observation, recorder: Recorder) -> None:
     loops: list[Any] = []
     recorder.before = _spying(recorder.before, loops)  # type: ignore[method-assign]
     synchronous.loop = asyncio.get_running_loop()
@@ -336,9 +339,7 @@ def test_commit_in_a_script_is_reported_without_any_loop(synchronous: Observatio
     assert recorder.told == [({ITEMS}, None), ({ITEMS}, Outcome.COMMITTED)]
 
 
-async def test_commit_on_the_loops_own_thread_does_not_deadlock(
-    synchronous: Observation, recorder: Recorder
-) -> None:
+async def test_commit_on_the_loops_own_thread_does_not_deadlock(synchronous: Observation, recorder: Recorder) -> None:
     synchronous.loop = asyncio.get_running_loop()
     with Session(synchronous.engine) as session:
         session.add(Item(name="x"))

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from overdrive.context import RequestContext
+
 from .tasks import to_the_end
 
 Message = MutableMapping[str, Any]

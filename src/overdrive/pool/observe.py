@@ -22,6 +22,7 @@ from sqlalchemy.util import await_only
 
 from overdrive.context import collectors, current
 from overdrive.instrumentation.events import StatementEvent, listening, publish
+
 from .statement import EVERYTHING, Facts, facts_of
 from .tasks import to_the_end
 

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from overdrive.errors import SessionEndedError
+
 from .engine import capacity_of
 from .tasks import to_the_end
 
