@@ -185,12 +185,11 @@ def paginate(
     if context is not None:
         context.page_style = "cursor" if isinstance(parameters, CursorParams) else "page"
     if isinstance(parameters, CursorParams):
-        dialect = _dialect_name(db, statement)
         steps: Any = select.cursor_page(
             statement,
             parameters,
-            dialect_name=dialect,
-            binding=_binding(context, select.order_binding(statement, dialect)),
+            dialect_name=_dialect_name(db, statement),
+            binding=_binding(context),
             key=context.cursor_key if context is not None else PROCESS_KEY,
         )
     else:
@@ -241,13 +240,13 @@ def _dialect_name(db: AsyncSession | Session, statement: Executable) -> str:
     return session.get_bind(clause=statement).dialect.name  # type: ignore[arg-type]
 
 
-def _binding(context: RequestContext | None, order: str) -> bytes:
-    """Bind a cursor to the order, and to everything in the request's address but the cursor and the size."""
-    address: tuple[Any, ...] = ()
-    if context is not None:
-        parameters = parse_qsl(context.query, keep_blank_values=True)
-        address = (context.path, sorted(pair for pair in parameters if pair[0] not in ("cursor", "size")))
-    return blake2b(msgspec.msgpack.encode((order, address)), digest_size=16).digest()
+def _binding(context: RequestContext | None) -> bytes:
+    """Bind a cursor to everything in the request's address but the cursor and the size."""
+    if context is None:
+        return b""
+    parameters = parse_qsl(context.query, keep_blank_values=True)
+    filters = sorted(pair for pair in parameters if pair[0] not in ("cursor", "size"))
+    return blake2b(msgspec.msgpack.encode((context.path, filters)), digest_size=16).digest()
 
 
 # The cache

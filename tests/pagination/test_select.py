@@ -63,11 +63,16 @@ from sqlalchemy.pool import NullPool
 
 from overdrive.errors import InvalidCursorError, PageError
 from overdrive.pagination.page import CursorPage, CursorParams, Page, PageParams
-from overdrive.pagination.select import cursor_page, order_binding, page, run, run_async
+from overdrive.pagination.select import _order_text, _sorts, _walkable, cursor_page, page, run, run_async
 
 pytestmark = pytest.mark.anyio
 
 BINDING, KEY = b"route", b"k" * 32
+
+
+def order_binding(stmt: Any, dialect_name: str) -> str:
+    """What a cursor is bound to of the order of `stmt`."""
+    return _order_text(_sorts(_walkable(stmt), dialect_name))
 
 
 class Mood(enum.Enum):

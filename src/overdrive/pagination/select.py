@@ -157,14 +157,6 @@ def cursor_page(
     )
 
 
-def order_binding(stmt: Executable, dialect_name: str) -> str:
-    """Return the order `cursor_page` walks the statement in, as the same text in every process.
-
-    Raises `PageError` as `cursor_page` does.
-    """
-    return _order_text(_sorts(_walkable(stmt), dialect_name))
-
-
 # What can be a page
 
 
