@@ -231,7 +231,9 @@ class Installation:
         if (style := page_style(site)) is not None and works(check_added_dependency):
             add_dependency(site, page_dependency(style, self.pagination))
         mark = getattr(site.endpoint, CACHED, None)
-        if mark is not None and self.runtime is not None and works(check_replaced_call):
+        if mark is None or self.runtime is None:
+            return
+        if works(check_added_dependency) and works(check_replaced_call):
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
             try:
@@ -514,7 +516,7 @@ def check_walk() -> None:
 
 
 def check_added_dependency() -> None:
-    """Page parameters: a dependency cannot be added to a route."""
+    """Page parameters and cached routes: a dependency cannot be added to a route."""
     app, site = _specimen()
     add_dependency(site, page_dependency("page", PaginationSettings()))
     operation = app.openapi()["paths"]["/included/direct/{item}"]["get"]

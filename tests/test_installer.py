@@ -1,0 +1,267 @@
+"""Installing into FastAPI: every less documented name has a canary here, and a check that switches its part off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import fastapi.dependencies.utils
+import fastapi.routing
+import fastapi_pagination
+import pytest
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+from fastapi_pagination.ext.sqlalchemy import apaginate
+from pydantic import BaseModel
+from sqlalchemy import Engine, insert, select
+from support import Item, call, client, tables
+
+from overdrive import (
+    ConfigurationError,
+    Overdrive,
+    Page,
+    PageError,
+    SessionDep,
+    add_pagination,
+    cached,
+    installer,
+    paginate,
+)
+from overdrive.installer import Installation, check_added_dependency, check_replaced_call, check_walk, sites, works
+
+pytestmark = pytest.mark.anyio
+
+CHECKS = [check_walk, check_added_dependency, check_replaced_call]
+
+
+class ItemOut(BaseModel):
+    id: int
+    name: str
+
+
+@pytest.fixture
+def database(sqlite_url: str) -> Iterator[Engine]:
+    with tables(sqlite_url) as engine:
+        with engine.begin() as connection:
+            connection.execute(insert(Item), [{"name": f"n{n}"} for n in range(7)])
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    works.cache_clear()
+    yield
+    works.cache_clear()
+
+
+def add_items(router: Any, path: str = "/items") -> None:
+    @router.get(path, response_model=Page[ItemOut])
+    @cached
+    async def items(db: SessionDep) -> Any:
+        return await paginate(db, select(Item))
+
+
+# The canaries
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_this_fastapi_is_the_one_overdrive_is_made_for(check: Callable[[], None]) -> None:
+    check()
+
+
+BREAKAGES = {
+    "iter_route_contexts is gone": (fastapi.routing, "iter_route_contexts", check_walk),
+    "get_parameterless_sub_dependant is gone": (
+        fastapi.dependencies.utils,
+        "get_parameterless_sub_dependant",
+        check_added_dependency,
+    ),
+    "an endpoint is not what it was": (installer, "_answered_from_cache", check_replaced_call),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+async def test_a_changed_fastapi_costs_one_part_and_one_error(
+    sqlite_url: str,
+    database: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    breakage: str,
+) -> None:
+    module, name, check = BREAKAGES[breakage]
+    monkeypatch.delattr(module, name)
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url, cache=True)
+    add_items(app)
+    add_items(app, "/more")
+
+    @app.post("/")
+    async def add(db: SessionDep, name: str) -> None:
+        db.add(Item(name=name))
+
+    async with client(app) as http:
+        for _ in range(2):
+            # What needs no such name goes on: sessions, their commit, and every other route.
+            assert (await http.post("/?name=x")).status_code == 200
+            paged = await http.get("/items")
+            assert paged.headers.get("x-cache") in (None, "miss")
+            assert paged.status_code == (200 if check is check_replaced_call else 500)
+    [error] = [record for record in caplog.records if record.levelno == logging.ERROR and record.name == "overdrive"]
+    assert "goes without one part" in error.getMessage()
+    assert (check.__doc__ or "").split(":")[0] in error.getMessage()
+    await overdrive.aclose()
+
+
+# Where routes are found
+
+
+class Timed(APIRoute):
+    """A route class as teams write them."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        handler = super().get_route_handler()
+
+        async def timed(request: Request) -> Response:
+            response: Response = await handler(request)
+            response.headers["x-timed"] = "yes"
+            return response
+
+        return timed
+
+
+async def test_every_kind_of_route_is_found(sqlite_url: str, database: Engine) -> None:
+    app, timed, inner, outer, mounted = FastAPI(), APIRouter(route_class=Timed), APIRouter(), APIRouter(), FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url, cache=True)
+    for router in (app, timed, inner, mounted):
+        add_items(router)
+    outer.include_router(inner, prefix="/inner")
+    app.include_router(timed, prefix="/timed")
+    app.include_router(outer, prefix="/once")
+    app.include_router(outer, prefix="/twice")
+    app.mount("/mounted", mounted)
+    expected = ["/items", "/timed/items", "/once/inner/items", "/twice/inner/items", "/mounted/items"]
+    assert [site.template for site in sites(app)] == expected
+    async with client(app) as http:
+        for path in expected:
+            for mark in ("miss", "hit"):
+                answer = await http.get(f"{path}?size=2&page=2")
+                assert [item["id"] for item in answer.json()["items"]] == [3, 4], path
+                assert answer.headers["x-cache"] == mark
+        assert (await http.get("/timed/items")).headers["x-timed"] == "yes"
+    await overdrive.aclose()
+
+
+def test_routes_of_a_lifespan_are_found(sqlite_url: str, database: Engine) -> None:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        add_items(app)
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    Overdrive(app, database_url=sqlite_url)
+    with TestClient(app) as http:
+        assert http.get("/items?size=3").json()["pages"] == 3
+
+
+async def test_route_added_after_the_start_is_told_so(sqlite_url: str, database: Engine) -> None:
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url)
+    await call(app, "/")
+    add_items(app)
+    answer = await call(app, "/items")
+    assert isinstance(answer.error, PageError)
+    await overdrive.aclose()
+
+
+def test_under_the_test_client_again_and_again(url: str) -> None:
+    """Each time in an event loop of its own."""
+    with tables(url) as database:
+        with database.begin() as connection:
+            connection.execute(insert(Item), [{"name": "x"}])
+        app = FastAPI()
+        Overdrive(app, database_url=url)
+        add_items(app)
+        for _ in range(3):
+            with TestClient(app) as http:
+                assert http.get("/items").json()["total"] == 1
+
+
+# Beside fastapi-pagination
+
+
+@pytest.mark.parametrize("theirs_first", [True, False])
+def test_beside_fastapi_pagination(sqlite_url: str, database: Engine, theirs_first: bool) -> None:
+    app, router = FastAPI(), APIRouter()
+    Overdrive(app, database_url=sqlite_url)
+    if theirs_first:
+        fastapi_pagination.add_pagination(app)
+    for each in (app, router):
+        add_items(each)
+
+        @each.get("/theirs", response_model=fastapi_pagination.Page[ItemOut])
+        async def theirs(db: SessionDep) -> Any:
+            return await apaginate(db, select(Item).order_by(Item.id))
+
+    app.include_router(router, prefix="/included")
+    if not theirs_first:
+        fastapi_pagination.add_pagination(app)
+    add_pagination(app)
+    with TestClient(app) as http:
+        for place in ("", "/included"):
+            assert http.get(f"{place}/items?size=2").json()["pages"] == 4
+            answer = http.get(f"{place}/theirs?size=2&page=2").json()
+            assert [item["id"] for item in answer["items"]] == [3, 4]
+            assert (answer["total"], answer["page"], answer["pages"]) == (7, 2, 4)
+
+
+# Where Overdrive stands
+
+
+class Named:
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+class Other(Named):
+    pass
+
+
+def test_layers(sqlite_url: str) -> None:
+    app = FastAPI()
+    app.add_middleware(Named)
+    overdrive = Overdrive(app, database_url=sqlite_url)
+    app.add_middleware(Other)
+    layers = overdrive.layers()
+    assert layers[0] == "Observer"
+    assert layers[-1] == "APIRouter"
+    assert layers.index("Other") < layers.index("Named") < layers.index("RequestPath")
+    between = layers[layers.index("Named") + 1 : layers.index("APIRouter")]
+    assert between[0] == "RequestPath"
+
+
+def test_one_overdrive_an_app_and_before_its_first_request(sqlite_url: str) -> None:
+    app = FastAPI()
+    Overdrive(app, database_url=sqlite_url)
+    with pytest.raises(ConfigurationError, match="an Overdrive already"):
+        Overdrive(app, database_url=sqlite_url)
+
+    serving = FastAPI()
+    TestClient(serving).get("/")
+    with pytest.raises(ConfigurationError, match="before the app serves its first request"):
+        Overdrive(serving, database_url=sqlite_url)
+
+    router: Any = APIRouter()
+    with pytest.raises(ConfigurationError, match="takes the FastAPI app, not APIRouter"):
+        add_pagination(router)
+
+
+def test_installation_is_one_an_app() -> None:
+    app = FastAPI()
+    assert Installation.of(app) is Installation.of(app)
+    assert add_pagination(app) is app
