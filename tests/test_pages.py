@@ -124,7 +124,7 @@ async def test_walk_forward_and_back_visits_every_row_once(http: httpx2.AsyncCli
     assert sorted(ids) == list(range(1, ROWS + 1))
     assert list(page) == ["items", "next_cursor", "prev_cursor", "size"]
 
-    back = [number for number in reversed(forward[-1])]
+    back = list(reversed(forward[-1]))
     while page["prev_cursor"] is not None:
         page = (await http.get(place + path, params={"size": 3, "cursor": page["prev_cursor"]})).json()
         back += [item["id"] for item in reversed(page["items"])]
