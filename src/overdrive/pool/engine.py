@@ -13,11 +13,13 @@ from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
 
 from overdrive.errors import ConfigurationError
 
 from .statement import facts_of, first_word
-from .tasks import start
+from .tasks import start, to_the_end
 
 #: The driver a URL without one gets, and the driver that can do the same for synchronous code.
 _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
@@ -186,12 +188,23 @@ async def _close(connection: Any) -> None:
 
 
 def _stop_thread(dbapi_connection: Any) -> None:
-    """End a cancelled connection without waiting for it.
+    """End a cancelled connection of aiosqlite in one step, and wait for it where waiting is possible.
 
     Its close is two steps with a wait each; cancelled between them, it waits for an answer that never comes, and
     the event loop for it.
     """
-    dbapi_connection.driver_connection.stop()
+    connection = dbapi_connection.driver_connection
+    if not in_greenlet():  # collected as garbage
+        connection.stop()
+        return
+    # The cancellation that has led here goes on without this one.
+    with contextlib.suppress(asyncio.CancelledError):
+        await_only(to_the_end(_stop(connection)))
+
+
+async def _stop(connection: Any) -> None:
+    if (stopped := connection.stop()) is not None:
+        await stopped
 
 
 def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
