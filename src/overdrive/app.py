@@ -22,7 +22,7 @@ from .errors import ConfigurationError
 from .installer import Installation
 from .log.handler import LogHandler
 from .pool.engine import create_engine, create_sync_engine, prepare
-from .pool.observe import Observation
+from .pool.observe import Observation, observe
 from .pool.session import Sessions, SyncSessions
 
 
@@ -97,7 +97,7 @@ class Overdrive:
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
         if not prepared:
             prepare(engine)
-        self._observations.append(Observation(engine, name, self.cache.invalidator))
+        self._observations.append(observe(engine, name, self.cache.invalidator))
 
     # Sessions
 

@@ -117,7 +117,7 @@ class Gate:
         self.outcomes: list[Outcome] = []
         self.where = where
         for observation in overdrive._observations:
-            observation.observer = self
+            observation.observers = [self]
 
     async def before(self, writes: frozenset[str]) -> None:
         if self.where == "before":

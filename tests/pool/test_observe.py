@@ -15,11 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from support import Item, Other, eventually, names, recorded, tables
 
-from overdrive import create_engine
+from overdrive import ConfigurationError, create_engine
 from overdrive.context import collecting
 from overdrive.instrumentation.events import StatementEvent
 from overdrive.pool.engine import create_sync_engine
-from overdrive.pool.observe import Observation, Outcome
+from overdrive.pool.observe import Observation, Outcome, observe
 from overdrive.pool.session import Sessions
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ def recorder() -> Recorder:
 @pytest.fixture
 async def engine(url: str, database: Engine, recorder: Recorder) -> AsyncIterator[AsyncEngine]:
     engine = create_engine(url, pool_size=2, max_overflow=0)
-    Observation(engine.sync_engine, "main", recorder)
+    observe(engine.sync_engine, "main", recorder)
     yield engine
     await engine.dispose()
 
@@ -73,7 +73,7 @@ async def engine(url: str, database: Engine, recorder: Recorder) -> AsyncIterato
 @pytest.fixture
 def synchronous(url: str, database: Engine, recorder: Recorder) -> Iterator[Observation]:
     engine = create_sync_engine(url)
-    yield Observation(engine, "main", recorder)
+    yield observe(engine, "main", recorder)
     engine.dispose()
 
 
@@ -347,6 +347,46 @@ async def test_commit_on_the_loops_own_thread_does_not_deadlock(synchronous: Obs
     assert recorder.outcomes == [Outcome.COMMITTED]
 
 
+# Several who observe
+
+
+async def test_everybody_is_told_with_his_own_token_and_statements_are_seen_once(
+    engine: AsyncEngine, recorder: Recorder
+) -> None:
+    other = Recorder()
+    assert observe(engine.sync_engine, "main", other) is observe(engine.sync_engine, "main")
+    with recorded() as events:
+        async with AsyncSession(engine) as session:
+            session.add(Item(name="x"))
+            await session.commit()
+    assert other.told == recorder.told == [({ITEMS}, None), ({ITEMS}, Outcome.COMMITTED)]
+    assert len(events) == 1
+    other.refuses = True
+    async with AsyncSession(engine) as session:
+        session.add(Item(name="y"))
+        with pytest.raises(PermissionError):
+            await session.commit()
+    assert recorder.outcomes == [Outcome.COMMITTED, Outcome.ROLLED_BACK]
+
+
+async def test_one_who_fails_keeps_nobody_from_being_told(engine: AsyncEngine, recorder: Recorder) -> None:
+    class Failing(Recorder):
+        async def after(self, token: frozenset[str], outcome: Outcome) -> None:
+            raise ZeroDivisionError
+
+    observe(engine.sync_engine, "main").observers.insert(0, Failing())
+    async with AsyncSession(engine) as session:
+        session.add(Item(name="x"))
+        with pytest.raises(ZeroDivisionError):
+            await session.commit()
+    assert recorder.outcomes == [Outcome.COMMITTED]
+
+
+async def test_an_engine_has_one_name(engine: AsyncEngine) -> None:
+    with pytest.raises(ConfigurationError, match="known as 'main' already"):
+        observe(engine.sync_engine, "reports")
+
+
 # Reads
 
 
@@ -444,7 +484,7 @@ async def test_everything_else_does_on_postgresql(engine: AsyncEngine, url: str,
 async def test_repeatable_read_keeps_its_snapshot(postgres_url: str) -> None:
     with tables(postgres_url) as database:
         engine = create_engine(postgres_url, isolation_level="REPEATABLE READ")
-        Observation(engine.sync_engine, "main")
+        observe(engine.sync_engine, "main")
         async with AsyncSession(engine) as session:
             assert (await session.scalars(select(Item.name))).all() == []
             with database.begin() as connection:
@@ -457,7 +497,7 @@ async def test_repeatable_read_keeps_its_snapshot(postgres_url: str) -> None:
 async def test_per_connection_isolation_keeps_its_snapshot(postgres_url: str) -> None:
     with tables(postgres_url) as database:
         engine = create_engine(postgres_url)
-        Observation(engine.sync_engine, "main")
+        observe(engine.sync_engine, "main")
         async with AsyncSession(engine) as session:
             await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
             assert (await session.scalars(select(Item.name))).all() == []

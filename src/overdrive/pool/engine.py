@@ -131,7 +131,8 @@ def _explained(url: URL) -> Any:
 
 def prepare(engine: Engine) -> None:
     """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
-    if engine.dialect.name == "postgresql" and engine.dialect.is_async:
+    watched = event.contains(engine, "connect", _end_abandoned_queries)
+    if engine.dialect.name == "postgresql" and engine.dialect.is_async and not watched:
         event.listen(engine, "connect", _end_abandoned_queries)
     if engine.dialect.driver == "asyncpg":
         engine.dialect.do_terminate = _close_behind  # type: ignore[method-assign]

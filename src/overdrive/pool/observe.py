@@ -21,6 +21,7 @@ from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
 
 from overdrive.context import collectors, current
+from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 
 from .statement import EVERYTHING, Facts, facts_of
@@ -53,10 +54,17 @@ class CommitObserver(Protocol):
         """Learn how the commit that `before` announced has ended."""
 
 
+#: Where an engine keeps its observation.
+_ATTRIBUTE = "overdrive_observation"
+
+#: Observers whose `before` has been called, each with the token it returned.
+Announced = list[tuple[CommitObserver, Any]]
+
+
 class _Transaction:
     """What is known of a DBAPI connection between two ends of a transaction."""
 
-    __slots__ = ("began", "facts", "relaxed", "started", "token", "writes")
+    __slots__ = ("announced", "began", "facts", "relaxed", "started", "writes")
 
     def __init__(self) -> None:
         #: Whether the database has been asked for anything but plain reads since the last end.
@@ -66,29 +74,49 @@ class _Transaction:
         self.writes: set[str] = set()
         self.facts: Facts | None = None
         self.started = 0.0
-        self.token: Any = None
+        #: Whom a statement in autocommit was announced to, with what they answered.
+        self.announced: Announced = []
 
     def end(self) -> None:
         self.began = False
         self.writes.clear()
 
 
+def observe(engine: Engine, name: str, observer: CommitObserver | None = None) -> Observation:
+    """Put an engine under observation, or join the one it is under already.
+
+    Raises `ConfigurationError` where it is observed under another name: its tags would not agree.
+    """
+    observation: Observation | None = getattr(engine, _ATTRIBUTE, None)
+    if observation is None:
+        observation = Observation(engine, name)
+        setattr(engine, _ATTRIBUTE, observation)
+    elif observation.name != name:
+        raise ConfigurationError(
+            f"this engine is known as {observation.name!r} already, and cannot be {name!r} as well: its rows would "
+            "have two names"
+        )
+    if observer is not None:
+        observation.observers.append(observer)
+    return observation
+
+
 class Observation:
-    """One engine under observation.
+    """One engine under observation; made by `observe`, once for all who observe it.
 
     engine: the synchronous face of the engine (`AsyncEngine.sync_engine`).
     name: what its tags start with; the same in every process that writes to the same database.
-    observer: is told of commits.
 
     On PostgreSQL at READ COMMITTED, a plain SELECT that comes before anything else in its transaction runs
     without one: each statement takes its own snapshot either way, and BEGIN and ROLLBACK are two round trips.
     A transaction begins with the first statement that is not a plain SELECT.
     """
 
-    def __init__(self, engine: Engine, name: str, observer: CommitObserver | None = None) -> None:
+    def __init__(self, engine: Engine, name: str) -> None:
         self.engine = engine
         self.name = name
-        self.observer = observer
+        #: Who is told of commits.
+        self.observers: list[CommitObserver] = []
         #: The loop on which a synchronous engine's commits are reported, once one serves.
         self.loop: asyncio.AbstractEventLoop | None = None
         self._everything = f"{name}/{EVERYTHING}"
@@ -123,8 +151,8 @@ class Observation:
             transaction.writes |= writes
             if (context := current()) is not None:
                 context.wrote |= writes
-            if autocommit and self.observer is not None:
-                transaction.token = self._wait(self.observer.before(writes))
+            if autocommit:
+                self._announce(writes, transaction.announced)
         transaction.started = time.perf_counter()
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
@@ -143,7 +171,7 @@ class Observation:
             transactional = transaction.began and not autocommit
             publish(StatementEvent(self.name, sql, duration, rows, reads, writes, transactional))
         if autocommit and facts.writes:
-            self._report(transaction, Outcome.COMMITTED)
+            self._report(transaction.announced, Outcome.COMMITTED)
 
     def _tags_of(self, facts: Facts) -> tuple[frozenset[str], frozenset[str]]:
         tags = self._tags.get(facts)
@@ -175,7 +203,7 @@ class Observation:
         transaction = _transaction_of(connection.info)
         facts, transaction.facts = transaction.facts, None
         if facts is not None and facts.writes and self._is_autocommit(connection):
-            self._report(transaction, Outcome.UNKNOWN)
+            self._report(transaction.announced, Outcome.UNKNOWN)
 
     def _begin_late(self, connection: Connection, context: ExecutionContext, facts: Facts) -> None:
         """Let the driver send BEGIN only when a statement needs the transaction it opens."""
@@ -245,13 +273,12 @@ class Observation:
 
     @contextmanager
     def _announced(self, transaction: _Transaction) -> Iterator[None]:
-        """Tell the observer of what the block makes visible, before and after it."""
-        if self.observer is None or not transaction.writes:
-            yield
-            return
-        transaction.token = self._wait(self.observer.before(frozenset(transaction.writes)))
+        """Tell the observers of what the block makes visible, before and after it."""
+        announced: Announced = []
         outcome = Outcome.UNKNOWN
         try:
+            if transaction.writes:
+                self._announce(frozenset(transaction.writes), announced)
             yield
             outcome = Outcome.COMMITTED
         except Exception as error:
@@ -259,7 +286,7 @@ class Observation:
                 outcome = Outcome.ROLLED_BACK
             raise
         finally:
-            self._report(transaction, outcome)
+            self._report(announced, outcome)
 
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
@@ -292,15 +319,28 @@ class Observation:
 
     # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
 
-    def _report(self, transaction: _Transaction, outcome: Outcome) -> None:
-        token, transaction.token = transaction.token, None
-        if self.observer is not None:
-            self._wait(to_the_end(self.observer.after(token, outcome)))
+    def _announce(self, writes: frozenset[str], announced: Announced) -> None:
+        for observer in self.observers:
+            announced.append((observer, self._wait(observer.before(writes))))
+
+    def _report(self, announced: Announced, outcome: Outcome) -> None:
+        if announced:
+            told = _tell(announced[:], outcome)
+            announced.clear()
+            self._wait(to_the_end(told))
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self.engine.dialect.is_async:
             return await_only(coroutine)
         return _run_from_thread(coroutine, self.loop)
+
+
+async def _tell(announced: Announced, outcome: Outcome) -> None:
+    """Tell everybody, whatever the others do; what the first one raises is raised in the end."""
+    told = (observer.after(token, outcome) for observer, token in announced)
+    for result in await asyncio.gather(*told, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
 
 
 _KEY = "overdrive"
