@@ -122,9 +122,7 @@ def _serve_demo(host: str, port: int, **urls: str | None) -> None:
             print("overdrive: interrupted; nothing was kept of a database half filled", file=sys.stderr)
             sys.exit(_INTERRUPTED)
         print(f"The reference service is at {_address(listener)}", flush=True)
-        # Not basicConfig: it would give the handler a formatter, and the log would no longer be JSON.
-        logging.root.addHandler(LogHandler())
-        logging.root.setLevel(logging.INFO)
+        logging.basicConfig(handlers=[LogHandler()], level=logging.INFO)
         # Overdrive logs one event a request, which has all that uvicorn's access log tells.
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         # uvicorn shuts down on Ctrl-C, and then passes it on.

@@ -85,6 +85,12 @@ def routes(router: Any) -> None:
         await db.flush()
         raise RuntimeError("broken")
 
+    @router.post("/invalid", response_model=int)
+    async def invalid(db: SessionDep, name: str) -> Any:
+        db.add(Item(name=name))
+        await db.flush()
+        return "not an integer"
+
     @router.post("/sync-refused")
     def sync_refused(db: SyncSessionDep, name: str) -> Any:
         db.add(Item(name=name))
@@ -136,7 +142,7 @@ async def test_row_is_committed_and_connection_back_at_first_byte(
     await overdrive.aclose()
 
 
-@pytest.mark.parametrize("path", ["refused", "raised", "broken", "sync-refused"])
+@pytest.mark.parametrize("path", ["refused", "raised", "broken", "invalid", "sync-refused"])
 async def test_status_from_400_rolls_back(url: str, database: Engine, path: str) -> None:
     app, overdrive = served(url)
     answer = await call(app, f"/{path}?name=lost", "POST")

@@ -212,7 +212,11 @@ class Exchange:
 
     def _decide(self, status: int, headers: list[Header]) -> None:
         reason = self._reason_not_to_store(status, headers)
-        self._status += "; stored" if reason is None else f"; detail={reason}"
+        if reason is None:
+            self._status += "; stored"
+        else:
+            # A parameter has one value, and why nothing is stored outlives why nothing was found.
+            self._status = f"{self._status.partition('; detail=')[0]}; detail={reason}"
         self._storing = reason is None
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
