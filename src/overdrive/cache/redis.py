@@ -30,8 +30,9 @@ T = TypeVar("T")
 #: Seconds a request waits for Redis before it goes on without; the database answers sooner than a dead cache.
 _TIMEOUT = 0.5
 
-#: The most connections a worker opens.
+#: The most connections a worker opens, and the seconds a request waits for one: a crowd is slower than one request.
 _CONNECTIONS = 50
+_QUEUE_TIMEOUT = 2.0
 
 # KEYS: clock, tags...  ARGV: an epoch, should there be none.  Returns the epoch and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
@@ -95,7 +96,7 @@ class RedisStore:
         pool = BlockingConnectionPool.from_url(
             self._url,
             max_connections=_CONNECTIONS,
-            timeout=_TIMEOUT,
+            timeout=_QUEUE_TIMEOUT,
             socket_timeout=_TIMEOUT,
             socket_connect_timeout=_TIMEOUT,
             retry=Retry(NoBackoff(), 1),
