@@ -24,6 +24,8 @@ from .tasks import start, to_the_end
 #: The driver a URL without one gets, and the driver that can do the same for synchronous code.
 _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
 _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
+#: Milliseconds a writer waits for another one on SQLite, which has room for one: as long as for a pool, by default.
+_BUSY_TIMEOUT = 30_000
 #: Seconds a server has to confirm that it has cancelled a statement.
 _CLOSE_TIMEOUT = 2
 #: Statements of SQLite that end, begin or cannot be in a transaction.
@@ -214,6 +216,7 @@ def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
     dbapi_connection.isolation_level = None
     cursor = dbapi_connection.cursor()
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
     # A read-only file or an old file system cannot be switched, and works as before.
     with contextlib.suppress(sqlite3.OperationalError):
         cursor.execute("PRAGMA journal_mode = WAL")
