@@ -343,6 +343,7 @@ def test_memory_database_has_no_synchronous_twin() -> None:
         ({"database_url": "nonsense"}, "database URL cannot be read"),
         ({"database_url": "oracle+nothing://x"}, "oracle"),
         ({"database_url": "mysql+pymysql://x/y"}, "pip install pymysql"),
+        ({"sessionmaker": async_sessionmaker()}, "bound to no engine: give the one it uses as engine="),
         ({"redis_url": "http://x"}, "Redis URL cannot be read"),
         ({"settings": Settings(), "database_url": "sqlite://"}, "either in settings= or as an argument"),
     ],

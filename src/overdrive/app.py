@@ -61,7 +61,10 @@ class Overdrive:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
-        engine = engine or (sessionmaker.kw.get("bind") if sessionmaker is not None else None)
+        if sessionmaker is not None and engine is None:
+            engine = sessionmaker.kw.get("bind")
+            if engine is None:
+                raise ConfigurationError("this sessionmaker is bound to no engine: give the one it uses as engine=")
         self._owned: list[AsyncEngine] = []
         if engine is None:
             engine = create_engine(self.settings.database_url, **self._pooling)
