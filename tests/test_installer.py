@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -151,6 +152,41 @@ async def test_every_kind_of_route_is_found(sqlite_url: str, database: Engine) -
                 assert [item["id"] for item in answer.json()["items"]] == [3, 4], path
                 assert answer.headers["x-cache"] == mark
         assert (await http.get("/timed/items")).headers["x-timed"] == "yes"
+    await overdrive.aclose()
+
+
+def undecided(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator as teams write them: a plain function around whatever there is."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Endpoint:
+    """An object that is called and awaited."""
+
+    __name__ = "endpoint"
+
+    async def __call__(self, db: SessionDep) -> list[str]:
+        return list(await db.scalars(select(Item.name)))
+
+
+async def function(db: SessionDep) -> list[str]:
+    return list(await db.scalars(select(Item.name)))
+
+
+@pytest.mark.parametrize("endpoint", [undecided(function), Endpoint(), functools.partial(function)], ids=repr)
+async def test_whatever_is_awaited_may_be_an_endpoint(sqlite_url: str, database: Engine, endpoint: Any) -> None:
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url, cache=True)
+    app.add_api_route("/", cached(endpoint), name="endpoint")
+    async with client(app) as http:
+        first, second = await http.get("/"), await http.get("/")
+    assert first.json() == second.json() == [f"n{n}" for n in range(7)]
+    assert (first.headers["x-cache"], second.headers["x-cache"]) == ("miss", "hit")
     await overdrive.aclose()
 
 

@@ -236,7 +236,7 @@ def _treatment(site: Site, overdrive: Overdrive) -> Iterator[str]:
     if not isinstance(site.route.original_route, APIWebSocketRoute):
         if (style := page_style(site)) is not None:
             yield _PAGES[style]
-        if (mark := getattr(site.endpoint, CACHED, None)) is not None:
+        if (mark := getattr(site.route.endpoint, CACHED, None)) is not None:
             ttl = mark.ttl or overdrive.cache.ttl
             plan = key_plan(site, ttl)
             yield f"not cached: {plan}" if isinstance(plan, str) else f"cached {ttl:g} s"

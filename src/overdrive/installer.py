@@ -230,7 +230,7 @@ class Installation:
             return
         if (style := page_style(site)) is not None and works(check_added_dependency):
             add_dependency(site, page_dependency(style, self.pagination))
-        mark = getattr(site.endpoint, CACHED, None)
+        mark = getattr(site.route.endpoint, CACHED, None)
         if mark is None or self.runtime is None:
             return
         if works(check_added_dependency) and works(check_replaced_call):
@@ -272,7 +272,7 @@ def refuse_misuse(site: Site) -> None:
                 "`sessions: SessionFactoryDep` there and open a session for each unit of work, "
                 "`async with sessions() as db: ...`"
             )
-    if inspect.iscoroutinefunction(site.endpoint) or websocket or generator:
+    if is_awaited(site.route.endpoint) or websocket or generator:
         return
     for dependency in site.route.dependant.dependencies:
         if isinstance(site.resolved(dependency.call), RequestSession) and dependency.name is not None:
@@ -280,6 +280,12 @@ def refuse_misuse(site: Site) -> None:
                 f"{site.name} is a plain function and cannot await an AsyncSession: take "
                 f"`{dependency.name}: SyncSessionDep` (or Depends(get_sync_session)), or make it `async def`"
             )
+
+
+def is_awaited(endpoint: Callable[..., Any]) -> bool:
+    """Say whether FastAPI awaits an endpoint: a function, what a decorator has wrapped, or an object one can call."""
+    called = (endpoint, inspect.unwrap(endpoint), getattr(endpoint, "__call__", None))  # noqa: B004
+    return any(inspect.iscoroutinefunction(each) for each in called)
 
 
 def page_style(site: Site) -> str | None:
@@ -342,7 +348,7 @@ def _look_up(site: Site, policy: Policy, calls: list[Any]) -> Callable[..., Any]
 
 def _answered_from_cache(endpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an endpoint so that it is not called where the look-up has found its response."""
-    if inspect.iscoroutinefunction(endpoint):
+    if is_awaited(endpoint):
 
         @functools.wraps(endpoint)
         async def call(**values: Any) -> Any:
