@@ -148,7 +148,6 @@ def test_everything_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatc
         ("POOL__SIEZ", "OVERDRIVE_POOL__SIZE"),
         ("POOL", "OVERDRIVE_POOL__SIZE"),
         ("DATABASEURL", "OVERDRIVE_DATABASE_URL"),
-        ("DB_URL", "OVERDRIVE_REDIS_URL"),
         ("CACHE_TTL", "OVERDRIVE_CACHE__TTL"),
     ],
 )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import fastapi.dependencies.utils
 import fastapi.routing
 import fastapi_pagination
 import pytest
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from fastapi_pagination.ext.sqlalchemy import apaginate
 from pydantic import BaseModel
 from sqlalchemy import Engine, insert, select
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from support import Item, call, client, tables
 
 from overdrive import (
@@ -31,7 +34,15 @@ from overdrive import (
     installer,
     paginate,
 )
-from overdrive.installer import Installation, check_added_dependency, check_replaced_call, check_walk, sites, works
+from overdrive.installer import (
+    Installation,
+    check_added_dependency,
+    check_replaced_call,
+    check_walk,
+    page_style,
+    sites,
+    works,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -202,6 +213,65 @@ def test_routes_of_a_lifespan_are_found(sqlite_url: str, database: Engine) -> No
         assert http.get("/items?size=3").json()["pages"] == 3
 
 
+def test_routes_of_a_lifespan_are_found_where_the_openapi_document_was_made_before(
+    sqlite_url: str, database: Engine
+) -> None:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        add_items(app, "/late")
+        yield
+
+    app = FastAPI(lifespan=lifespan)
+    Overdrive(app, database_url=sqlite_url, cache=True)
+    add_items(app)
+    assert queries(app.openapi(), "/items") == ["page", "size"]
+    with TestClient(app) as http:
+        assert http.get("/late?size=3").json()["pages"] == 3
+        # What was prepared for the document is not prepared again.
+        assert [http.get("/items?size=3").headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        document = http.get("/openapi.json").json()
+        assert queries(document, "/items") == queries(document, "/late") == ["page", "size"]
+
+
+def queries(document: dict[str, Any], path: str) -> list[str]:
+    return [parameter["name"] for parameter in document["paths"][path]["get"]["parameters"]]
+
+
+def test_each_route_is_prepared_once(sqlite_url: str) -> None:
+    app, router, mounted = FastAPI(), APIRouter(), FastAPI()
+    Overdrive(app, database_url=sqlite_url, cache=True)
+    for each in (app, router, mounted):
+        add_items(each)
+    app.include_router(router, prefix="/included")
+    app.mount("/mounted", mounted)
+    for _ in range(2):
+        app.openapi()
+        with TestClient(app):
+            pass
+    # The session, the page, the cache.
+    assert [len(site.route.dependant.dependencies) for site in sites(app)] == [3, 3, 3]
+
+
+def test_mounted_app_documents_its_pages_once(sqlite_url: str, database: Engine) -> None:
+    app, mounted = FastAPI(), FastAPI()
+    Overdrive(app, database_url=sqlite_url)
+    add_pagination(mounted)
+    add_items(mounted)
+    app.mount("/mounted", mounted)
+    with TestClient(app) as http:
+        assert queries(http.get("/mounted/openapi.json").json(), "/items") == ["page", "size"]
+        assert http.get("/mounted/items?size=3").json()["pages"] == 3
+
+
+def test_websocket_declares_no_page() -> None:
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def talk(socket: WebSocket) -> None: ...
+
+    assert [(site.name, page_style(site)) for site in sites(app)] == [("WEBSOCKET /ws", None)]
+
+
 async def test_route_added_after_the_start_is_told_so(sqlite_url: str, database: Engine) -> None:
     app = FastAPI()
     overdrive = Overdrive(app, database_url=sqlite_url)
@@ -223,6 +293,79 @@ def test_under_the_test_client_again_and_again(url: str) -> None:
         for _ in range(3):
             with TestClient(app) as http:
                 assert http.get("/items").json()["total"] == 1
+
+
+# A connection whose event loop is gone can be left behind, not closed; Python says so.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_under_the_test_client_without_a_lifespan(url: str) -> None:
+    """Each request in an event loop of its own."""
+    with tables(url) as database:
+        with database.begin() as connection:
+            connection.execute(insert(Item), [{"name": "x"}])
+        app = FastAPI()
+        overdrive = Overdrive(app, database_url=url)
+        add_items(app)
+        for _ in range(3):
+            assert TestClient(app).get("/items").json()["total"] == 1
+        http = TestClient(app)
+        assert [http.get("/items").json()["total"] for _ in range(3)] == [1, 1, 1]
+        overdrive.engine.sync_engine.dispose(close=False)
+        gc.collect()
+
+
+async def test_without_overdrive_pages_are_read_from_the_teams_own_async_session(
+    sqlite_url: str, database: Engine
+) -> None:
+    engine = create_async_engine(sqlite_url)
+
+    async def get_db() -> AsyncIterator[AsyncSession]:
+        async with AsyncSession(engine) as session:
+            yield session
+
+    app = FastAPI()
+
+    async def items(db: Any) -> Any:
+        return await paginate(db, select(Item))
+
+    items.__annotations__["db"] = Annotated[AsyncSession, Depends(get_db)]
+    app.add_api_route("/items", items, response_model=Page[ItemOut])
+    add_pagination(app)
+    async with client(app) as http:
+        answer = (await http.get("/items?page=3&size=3")).json()
+        assert answer == {"items": [{"id": 7, "name": "n6"}], "total": 7, "page": 3, "size": 3, "pages": 3}
+        assert (await http.get("/items?size=101")).status_code == 422
+    await engine.dispose()
+
+
+# Beside another service
+
+
+async def test_services_of_two_databases_share_a_redis_and_no_entries(
+    sqlite_url: str, database: Engine, tmp_path: Path, redis_url: str
+) -> None:
+    other_url = f"sqlite+aiosqlite:///{tmp_path / 'other.sqlite'}"
+    totals: dict[str, list[tuple[int, str]]] = {}
+    with tables(other_url):
+        for url in (sqlite_url, other_url):
+            app = FastAPI()
+            overdrive = Overdrive(app, database_url=url, redis_url=redis_url, cache=True)
+            add_items(app)
+            async with client(app) as http:
+                answers = [await http.get("/items") for _ in range(2)]
+            totals[url] = [(answer.json()["total"], answer.headers["x-cache"]) for answer in answers]
+            await overdrive.aclose()
+    assert totals == {sqlite_url: [(7, "miss"), (7, "hit")], other_url: [(0, "miss"), (0, "hit")]}
+
+
+def test_a_new_password_is_no_other_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(installer, "cache_route", lambda _site, _ttl, database: seen.append(database))
+    for password in ("old", "new"):
+        app = FastAPI()
+        Overdrive(app, database_url=f"postgresql+asyncpg://user:{password}@host/name", cache=True)
+        add_items(app)
+        app.openapi()
+    assert seen == ["postgresql+asyncpg://user:***@host/name"] * 2
 
 
 # Beside fastapi-pagination
@@ -291,6 +434,12 @@ def test_one_overdrive_an_app_and_before_its_first_request(sqlite_url: str) -> N
     TestClient(serving).get("/")
     with pytest.raises(ConfigurationError, match="before the app serves its first request"):
         Overdrive(serving, database_url=sqlite_url)
+
+    paginated = add_pagination(FastAPI())
+    TestClient(paginated).get("/")
+    with pytest.raises(ConfigurationError, match="before the app serves its first request"):
+        Overdrive(paginated, database_url=sqlite_url)
+    assert add_pagination(paginated) is paginated
 
     router: Any = APIRouter()
     with pytest.raises(ConfigurationError, match="takes the FastAPI app, not APIRouter"):

@@ -116,6 +116,7 @@ async def test_walk_forward_and_back_visits_every_row_once(http: httpx2.AsyncCli
     while True:
         page = (await http.get(place + path, params=params)).json()
         forward.append([item["id"] for item in page["items"]])
+        assert len(forward) < ROWS
         if page["next_cursor"] is None:
             break
         # The size may change on the way.
@@ -128,6 +129,7 @@ async def test_walk_forward_and_back_visits_every_row_once(http: httpx2.AsyncCli
     while page["prev_cursor"] is not None:
         page = (await http.get(place + path, params={"size": 3, "cursor": page["prev_cursor"]})).json()
         back += [item["id"] for item in reversed(page["items"])]
+        assert len(back) <= ROWS
     assert back == ids[::-1]
 
 
@@ -179,6 +181,13 @@ async def test_cursor_is_for_one_route_filter_and_order(http: httpx2.AsyncClient
 async def test_damaged_cursor_is_a_coded_400(http: httpx2.AsyncClient, place: str, damage: str) -> None:
     answer = await http.get(f"{place}/feed?cursor={damage}")
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_cursor")
+
+
+async def test_truncated_cursor_is_a_coded_400(http: httpx2.AsyncClient) -> None:
+    cursor = await first_cursor(http, "/feed?size=2")
+    for length in range(len(cursor)):
+        answer = await http.get("/feed", params={"cursor": cursor[:length]})
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_cursor")
 
 
 async def test_cursor_that_is_too_long_is_a_422(http: httpx2.AsyncClient) -> None:

@@ -81,7 +81,12 @@ class Site:
 
     def graph(self) -> Iterator[Any]:
         """Walk the endpoint's dependant and those of all its dependencies."""
-        pending = [self.route.dependant]
+        yield self.route.dependant
+        yield from self.dependencies()
+
+    def dependencies(self) -> Iterator[Any]:
+        """Walk the dependants of all the endpoint's dependencies."""
+        pending = [*self.route.dependant.dependencies]
         while pending:
             dependant = pending.pop()
             yield dependant
@@ -263,7 +268,7 @@ def refuse_misuse(site: Site) -> None:
     """Raise `ConfigurationError` for a route whose session could not be what it promises to be."""
     websocket = isinstance(site.route.original_route, APIWebSocketRoute)
     generator = inspect.isgeneratorfunction(site.endpoint) or inspect.isasyncgenfunction(site.endpoint)
-    for dependant in site.graph():
+    for dependant in site.dependencies():
         call = site.resolved(dependant.call)
         if isinstance(call, RequestSession | SyncRequestSession) and (websocket or generator):
             kind = "a websocket" if websocket else "a generator"
@@ -315,7 +320,7 @@ def cache_route(site: Site, ttl: float, database: str) -> None:
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
         return
-    calls = [dependant.call for dependant in site.graph() if dependant is not site.route.dependant]
+    calls = [dependant.call for dependant in site.dependencies()]
     add_dependency(site, _look_up(site, Policy(ttl, plan), calls))
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
 
