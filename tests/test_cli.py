@@ -8,16 +8,21 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
+import psycopg
 import pytest
+from redis import Redis
 from sqlalchemy import create_engine
 
+from overdrive.demo import servers
 from overdrive.demo.data import is_seeded, seed
 
 _APP = """
@@ -95,9 +100,20 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run `overdrive demo`, to be ended by the test; its output goes to the files `out` and `err`."""
-    command = [sys.executable, "-m", "overdrive.cli", "demo", "--port", "0", *arguments]
+def running(*arguments: str, before: str = "pass") -> Iterator[subprocess.Popen[str]]:
+    """Run `overdrive demo`, to be ended by the test; its output goes to the files `out` and `err`.
+
+    before: a statement that prepares its interpreter.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        f"{before}; from overdrive.cli import main; main()",
+        "demo",
+        "--port",
+        "0",
+        *arguments,
+    ]
     with Path("out").open("w") as out, Path("err").open("w") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, text=True)
     try:
@@ -116,6 +132,29 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
         assert process.poll() is None, Path("err").read_text()
         time.sleep(0.02)
     raise AssertionError("not within 30 s")
+
+
+def printed(process: subprocess.Popen[str]) -> list[str]:
+    """Return the addresses `overdrive demo --servers` has printed once both servers run, and its own if it serves."""
+    until(lambda: "Redis is at" in Path("out").read_text(), process)
+    return [line.split()[-1] for line in Path("out").read_text().splitlines()]
+
+
+def assert_gone(*addresses: str) -> None:
+    for address in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", urlsplit(address).port))
+
+
+@pytest.fixture
+def own_servers(redis_server: str, server_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--servers` needs besides the wheel: Redis on the PATH, and a temporary directory open to all."""
+    with Redis.from_url(redis_server, decode_responses=True) as client:
+        program = Path(client.info("server")["executable"])
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    server_directory.chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(server_directory))
+    monkeypatch.setattr(tempfile, "tempdir", str(server_directory))
 
 
 # demo
@@ -228,6 +267,54 @@ def test_ctrl_c_while_the_database_is_filled() -> None:
         seed(connection, users=10, orders=10, products=10)
         assert is_seeded(connection)
     engine.dispose()
+
+
+@pytest.mark.parametrize("option", ["--database-url", "--redis-url"])
+def test_own_servers_beside_others(option: str) -> None:
+    line = complaint(overdrive("demo", "--port", "0", "--servers", option, "sqlite:///demo.sqlite"))
+    assert "leave out --database-url and --redis-url" in line
+
+
+def test_own_servers_are_filled_once_and_end_with_the_demo(own_servers: None) -> None:
+    few = "from functools import partial; from overdrive import cli; from overdrive.demo import data; "
+    few += "cli._USERS_ON_SERVERS = 10; data.seed = partial(data.seed, orders=10, products=10)"
+    name = b'"name":"Kept"'
+    for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with running("--servers", before=few) as process:
+            until(lambda: "Application startup complete" in Path("err").read_text(), process)
+            postgres, redis, service = printed(process)
+            with urlopen(f"{service}users?size=1") as response:
+                page = response.read()
+            assert b'"total":10' in page
+            assert (name in page) == (end != signal.SIGTERM)
+            change = Request(
+                f"{service}users/1", b'{"name": "Kept"}', {"content-type": "application/json"}, method="PATCH"
+            )
+            urlopen(change).close()
+            urlopen(f"{service}users/1").close()
+            with Redis.from_url(redis) as client:
+                assert client.dbsize() > 0
+            process.send_signal(end)
+            assert process.wait(30) in (0, 130)
+        assert_gone(postgres, redis, service)
+        assert "Traceback" not in Path("err").read_text()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_own_servers_end_when_filling_them_is_interrupted(own_servers: None, end: signal.Signals) -> None:
+    writes = "SELECT FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND query LIKE 'INSERT%'"
+    with running("--servers") as process:
+        postgres, redis = printed(process)
+        with psycopg.connect(postgres, autocommit=True) as connection:
+            until(lambda: connection.execute(writes).fetchone() is not None, process)
+        process.send_signal(end)
+        assert process.wait(30) == 130
+    assert_gone(postgres, redis)
+    assert Path("err").read_text().splitlines() == [
+        "overdrive: interrupted; nothing was kept of a database half filled"
+    ]
+    with servers.postgres(servers.KEPT) as url, psycopg.connect(url) as connection:
+        assert connection.execute("SELECT to_regclass('users')").fetchone() == (None,)
 
 
 # inspect

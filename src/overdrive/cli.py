@@ -6,6 +6,7 @@ What an extra brings is imported where it is needed, so that a missing one is na
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     import typer
 
 _DEMO_DATABASE = "sqlite:///overdrive-demo.sqlite"
+
+#: How many users the demo's database is filled with, and how many where the servers are its own.
+_USERS = 200_000
+_USERS_ON_SERVERS = 2_000_000
 
 #: What a shell reports for a command that Ctrl-C has ended: 128 + SIGINT.
 _INTERRUPTED = 130
@@ -85,10 +90,26 @@ def _commands() -> "typer.Typer":
         redis_url: Annotated[
             str | None, typer.Option(help="Redis; else OVERDRIVE_REDIS_URL, else the cache is in memory.")
         ] = None,
+        servers: Annotated[
+            bool,
+            typer.Option("--servers", help=f"Bring PostgreSQL, with {_USERS_ON_SERVERS:,} users, and Redis along."),
+        ] = False,
     ) -> None:
         """Serve the reference API; the first start fills its database."""
         _need("demo", "uvicorn")
-        _serve_demo(host, port, database_url=database_url, redis_url=redis_url)
+        if servers and (database_url or redis_url):
+            raise ConfigurationError("--servers brings its own: leave out --database-url and --redis-url")
+        # Taken before the database is filled: that would be a long wait for the news that somebody else has it.
+        with _bound(host, port) as listener:
+            try:
+                if servers:
+                    with _own_servers() as urls:
+                        _serve_demo(listener, _USERS_ON_SERVERS, **urls)
+                else:
+                    _serve_demo(listener, _USERS, database_url=database_url, redis_url=redis_url)
+            except KeyboardInterrupt:
+                print("overdrive: interrupted; nothing was kept of a database half filled", file=sys.stderr)
+                sys.exit(_INTERRUPTED)
 
     @app.command()
     def inspect(target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)]) -> None:
@@ -107,27 +128,36 @@ def _commands() -> "typer.Typer":
 # demo
 
 
-def _serve_demo(host: str, port: int, **urls: str | None) -> None:
+@contextlib.contextmanager
+def _own_servers() -> Iterator[dict[str, str]]:
+    from .demo.servers import KEPT, postgres, redis
+
+    # What ends a process at once would leave the servers behind, and a shell's background jobs ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup has it ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    with postgres(KEPT) as database_url, redis(KEPT.parent) as redis_url:
+        print(f"PostgreSQL is at {database_url}\nRedis is at {redis_url}", flush=True)
+        yield {"database_url": database_url, "redis_url": redis_url}
+
+
+def _serve_demo(listener: socket.socket, users: int, **urls: str | None) -> None:
     import uvicorn
 
     from .demo.service import create_app
 
     settings = _demo_settings(**urls)
     app = create_app(settings)
-    # Taken before the database is filled: that would be a long wait for the news that somebody else has it.
-    with _bound(host, port) as listener:
-        try:
-            asyncio.run(_prepare(settings))
-        except KeyboardInterrupt:
-            print("overdrive: interrupted; nothing was kept of a database half filled", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
-        print(f"The reference service is at {_address(listener)}", flush=True)
-        logging.basicConfig(handlers=[LogHandler()], level=logging.INFO)
-        # Overdrive logs one event a request, which has all that uvicorn's access log tells.
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        # uvicorn shuts down on Ctrl-C, and then passes it on.
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+    asyncio.run(_prepare(settings, users))
+    print(f"The reference service is at {_address(listener)}", flush=True)
+    logging.basicConfig(handlers=[LogHandler()], level=logging.INFO)
+    # Overdrive logs one event a request, which has all that uvicorn's access log tells.
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    # uvicorn shuts down on Ctrl-C, and then passes it on.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
 
 
 def _demo_settings(**urls: str | None) -> Settings:
@@ -154,13 +184,13 @@ def _address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-async def _prepare(settings: Settings) -> None:
+async def _prepare(settings: Settings, users: int) -> None:
     engine = create_engine(settings.database_url)
     try:
         await ping(engine)
         if settings.redis_url is not None:
             await _begin_cache(settings.redis_url, settings.cache.prefix)
-        await _seed(engine)
+        await _to_its_end(asyncio.create_task(_seed(engine, users)))
     finally:
         await engine.dispose()
 
@@ -179,7 +209,19 @@ async def _begin_cache(url: str, prefix: str) -> None:
         await store.aclose()
 
 
-async def _seed(engine: AsyncEngine) -> None:
+async def _to_its_end(task: asyncio.Task[None]) -> None:
+    """Wait for a task, and have it end when this one is cancelled."""
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        # asyncpg's executemany swallows a cancellation between two of its chunks, and then waits forever.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
+        raise
+
+
+async def _seed(engine: AsyncEngine, users: int) -> None:
     from rich.progress import Progress
 
     from .demo.data import is_seeded, seed
@@ -191,7 +233,7 @@ async def _seed(engine: AsyncEngine) -> None:
             with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
                 bar = progress.add_task("Filling the database, once")
                 await connection.run_sync(
-                    seed, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+                    seed, users, progress=lambda done, total: progress.update(bar, completed=done, total=total)
                 )
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]

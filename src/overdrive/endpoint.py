@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from .config import PaginationSettings
 from .context import RequestContext, current
 from .errors import ConfigurationError, NotInstalledError, PageError
-from .pagination import select
+from .pagination import select, walk
 from .pagination.cursor import MAX_LENGTH
 from .pagination.page import MAX_PAGE, CursorPage, CursorParams, Page, PageParams
 from .pool.session import (
@@ -185,7 +185,7 @@ def paginate(
     if context is not None:
         context.page_style = "cursor" if isinstance(parameters, CursorParams) else "page"
     if isinstance(parameters, CursorParams):
-        steps: Any = select.cursor_page(
+        steps: Any = walk.cursor_page(
             statement,
             parameters,
             dialect_name=_dialect_name(db, statement),

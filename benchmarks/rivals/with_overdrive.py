@@ -1,0 +1,91 @@
+"""The same app with Overdrive."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from sqlalchemy import func, select
+
+from benchmarks.rivals import shop
+from benchmarks.rivals.shop import User, UserOut, constant_app
+from overdrive import CursorPage, LogHandler, Overdrive, Page, SessionDep, Settings, cached, paginate
+
+
+def _app(pool_size: int = shop.POOL_SIZE, **settings: Any) -> FastAPI:
+    app = FastAPI()
+    pool = {"size": pool_size, "max_overflow": 0}
+    Overdrive(app, settings=Settings.load(database_url=shop.DATABASE_URL, pool=pool, **settings))
+    return app
+
+
+def constant() -> FastAPI:
+    """Return an app that answers a constant, with nothing of Overdrive in use."""
+    app = FastAPI()
+    Overdrive(app)
+    return constant_app(app)
+
+
+def service(**settings: Any) -> FastAPI:
+    """Return an app that answers a user by id, cached and not, and the users by page."""
+    app = _app(**settings)
+
+    @app.get("/users/{user_id}", response_model=UserOut)
+    async def get_user(user_id: int, db: SessionDep) -> Any:
+        return await db.get_one(User, user_id)
+
+    @app.get("/cached/{user_id}", response_model=UserOut)
+    @cached(ttl=3600)
+    async def get_cached_user(user_id: int, db: SessionDep) -> Any:
+        return await db.get_one(User, user_id)
+
+    @app.get("/page", response_model=Page[UserOut])
+    async def page(db: SessionDep) -> Any:
+        return await paginate(db, select(User).order_by(User.created_at.desc(), User.id.desc()))
+
+    @app.get("/feed", response_model=CursorPage[UserOut])
+    async def feed(db: SessionDep) -> Any:
+        return await paginate(db, select(User).order_by(User.created_at.desc(), User.id.desc()))
+
+    return app
+
+
+def service_on_redis() -> FastAPI:
+    """Return the service with its cache in Redis."""
+    return service(redis_url=shop.REDIS_URL)
+
+
+def overloaded() -> FastAPI:
+    """Return an app whose five connections are busy for 50 ms each: it can answer 100 requests a second."""
+    app = _app(pool_size=5)
+
+    @app.get("/slow")
+    async def slow(db: SessionDep) -> dict[str, str]:
+        await db.execute(select(func.pg_sleep(0.05)))
+        return {"status": "done"}
+
+    return app
+
+
+def log() -> FastAPI:
+    """Return an app that logs with Overdrive's handler."""
+    return _logging(FastAPI())
+
+
+def log_and_event() -> FastAPI:
+    """Return an app that logs with Overdrive's handler, and Overdrive one event a request besides."""
+    app = FastAPI()
+    Overdrive(app)
+    return _logging(app)
+
+
+def _logging(app: FastAPI) -> FastAPI:
+    logging.basicConfig(handlers=[LogHandler(path="log.txt")], level=logging.INFO)
+    logger = logging.getLogger("shop")
+
+    @app.get("/log")
+    async def five_lines() -> dict[str, str]:
+        for line, argument in shop.LINES:
+            logger.info(line, argument)
+        return {"status": "done"}
+
+    return app
