@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .endpoint import get_session_factory as get_session_factory
     from .endpoint import get_sync_session as get_sync_session
     from .endpoint import get_sync_session_factory as get_sync_session_factory
-    from .endpoint import paginate as paginate
     from .errors import ConfigurationError as ConfigurationError
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .errors import RequestError as RequestError
     from .errors import SessionEndedError as SessionEndedError
     from .log.handler import LogHandler as LogHandler
+    from .pages import paginate as paginate
     from .pagination.page import CursorPage as CursorPage
     from .pagination.page import CursorParams as CursorParams
     from .pagination.page import Page as Page
@@ -55,7 +55,6 @@ _MODULES = {
         "get_session_factory",
         "get_sync_session",
         "get_sync_session_factory",
-        "paginate",
     ),
     "errors": (
         "ConfigurationError",
@@ -67,6 +66,7 @@ _MODULES = {
         "SessionEndedError",
     ),
     "log.handler": ("LogHandler",),
+    "pages": ("paginate",),
     "pagination.page": ("CursorPage", "CursorParams", "Page", "PageParams"),
     "pool.engine": ("create_engine",),
 }

@@ -36,15 +36,14 @@ from .config import PaginationSettings
 from .context import RequestContext, current
 from .endpoint import (
     CACHED,
-    PROCESS_KEY,
     RequestSession,
     SessionFactory,
     SyncRequestSession,
     SyncSessionFactory,
-    page_dependency,
 )
 from .errors import ConfigurationError, RequestError
 from .middleware import Observer, RequestPath
+from .pages import PROCESS_KEY, page_dependency
 from .pagination.page import BasePage, CursorParams, PageParams
 
 if TYPE_CHECKING:
