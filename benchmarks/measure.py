@@ -22,14 +22,17 @@ _WARM_UP = 0.5
 #: Seconds of a turn. What slows a machine down comes and goes within tenths of a second: with turns of 0.4 s
 #: the A/A pair of a shared machine differed by 12 %, with as many seconds in turns of 0.03 s by 1 %.
 _TURN = 0.03
-FEWEST_ROUNDS = 15
+FEWEST_ROUNDS = 5
+#: How often all rivals are started anew: two processes of the same app differ by some percent for as long as they
+#: live, by where things happen to lie in memory.
+CASTS = 3
 
 
 def compare(plan: Plan, seconds: float, random: Random, environment: dict[str, str]) -> Comparison:
     """Let rivals take turns under the same load, in another order each round.
 
     Parameters:
-        seconds: how long to go on, once the rivals are warm; there are `FEWEST_ROUNDS` at least.
+        seconds: how long to go on, in all, once the rivals are warm; there are `FEWEST_ROUNDS` a cast at least.
         random: decides the order.
         environment: tells the rivals where the databases are.
 
@@ -38,15 +41,16 @@ def compare(plan: Plan, seconds: float, random: Random, environment: dict[str, s
     baseline, *others = plan.rivals
     twin = baseline._replace(name=f"{baseline.name} (A/A)")
     contestants = [_Contestant(rival, plan.connections) for rival in (baseline, twin, *others)]
-    with ExitStack() as stack:
-        _each(contestants, lambda contestant: contestant.start(stack, environment))
-        _each(contestants, lambda contestant: contestant.agree(contestants[0]))
-        _each(contestants, lambda contestant: contestant.warm_up())
-        end = time.perf_counter() + seconds
-        for number in count():
-            if number >= FEWEST_ROUNDS and time.perf_counter() > end:
-                break
-            _each(random.sample(contestants, len(contestants)), lambda contestant: contestant.take_turn())
+    for _ in range(CASTS):
+        with ExitStack() as stack:
+            _each(contestants, lambda contestant: contestant.start(stack, environment))
+            _each(contestants, lambda contestant: contestant.agree(contestants[0]))
+            _each(contestants, lambda contestant: contestant.warm_up())
+            end = time.perf_counter() + seconds / CASTS
+            for number in count():
+                if number >= FEWEST_ROUNDS and time.perf_counter() > end:
+                    break
+                _each(random.sample(contestants, len(contestants)), lambda contestant: contestant.take_turn())
     for contestant in contestants[:2]:
         if contestant.failure is not None:
             raise RivalError(f"{contestant.rival.name}: {contestant.failure}")

@@ -150,8 +150,9 @@ def _machine(results: Results) -> str:
     return ", ".join(described)
 
 
-def _rounds(results: Results) -> int:
-    return max((len(entry.rounds) for comparison in results.comparisons for entry in comparison.entries), default=0)
+def _rounds(results: Results) -> str:
+    counts = sorted(len(comparison.entries[0].rounds) for comparison in results.comparisons)
+    return "-".join(map(str, dict.fromkeys([*counts[:1], *counts[-1:]]))) + " rounds"
 
 
 # The table.
@@ -159,7 +160,7 @@ def _rounds(results: Results) -> int:
 
 def _head(results: Results) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    run = f"{_rounds(results)} rounds, seed {results.seed}"
+    run = f"{_rounds(results)}, seed {results.seed}"
     for label, content in (("machine", _machine(results)), ("versions", versions), ("run", run), ("reading", READING)):
         yield from _wrapped(f"{label:<10}{content}", " " * 10)
 
@@ -425,7 +426,7 @@ def _legend() -> Iterator[str]:
 def _footer(results: Results, top: int) -> tuple[list[str], int]:
     """The footer and the height that the picture has with it."""
     lines = [
-        f"CPU time of the server per request, median of {_rounds(results)} rounds; "
+        f"CPU time of the server per request, median of {_rounds(results)}; "
         "whiskers: 95 % interval of the median (± ?: unknown).",
         "A/A: the same interval for the baseline against itself in another process.",
         _machine(results),
