@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
+SECONDS ?= 600
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test soak lint bench clean help
 .DEFAULT_GOAL := help
 
 help: ## what can be run
@@ -36,6 +37,9 @@ demo: $(VENV)/$(if $(SERVERS),.servers,.demo) ## serve the reference API (SERVER
 
 test: $(VENV)/.dev ## run the tests against real servers (ARGS= for pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.dev ## run what only time finds, for SECONDS= (600) in all
+	SOAK_SECONDS='$(SECONDS)' $(BIN)/python -m pytest tests/soak/soak_*.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def test_defaults() -> None:
             "max_body": 1_048_576,
         },
         "log": {"events": True, "request_id_header": "x-request-id"},
-        "pagination": {"size": 50, "max_size": 100, "secret": None},
+        "pagination": {"size": 50, "max_size": 100, "max_offset": 1_000_000, "link_header": True, "secrets": ()},
     }
 
 
@@ -60,14 +60,16 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "LOG__REQUEST_ID_HEADER": "x-id",
         "PAGINATION__SIZE": 7,
         "PAGINATION__MAX_SIZE": 8,
-        "PAGINATION__SECRET": "hush",
+        "PAGINATION__MAX_OFFSET": 9,
+        "PAGINATION__LINK_HEADER": False,
+        "PAGINATION__SECRETS": "hush" * 4,
     }
     for name, value in given.items():
         monkeypatch.setenv(f"OVERDRIVE_{name}", str(value))
 
     read = Settings.load().model_dump()
-    secret = read["pagination"].pop("secret")
-    assert secret.get_secret_value() == given.pop("PAGINATION__SECRET")
+    (secret,) = read["pagination"].pop("secrets")
+    assert secret.get_secret_value() == given.pop("PAGINATION__SECRETS")
     flat = {
         f"{part}__{name}": value
         for part in ("pool", "cache", "log", "pagination")
@@ -125,7 +127,7 @@ def test_a_malformed_argument_is_named_like_its_variable() -> None:
 
 def test_sizes_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERDRIVE_PAGINATION__SIZE", "200")
-    monkeypatch.setenv("OVERDRIVE_PAGINATION__SECRET", "hush")
+    monkeypatch.setenv("OVERDRIVE_PAGINATION__SECRETS", "hush" * 4)
     message = complaint()
     assert message.startswith("OVERDRIVE_PAGINATION: ")
     assert "size (200) is larger than max_size (100)" in message
@@ -165,7 +167,7 @@ def test_a_variable_that_resembles_none_gets_all_of_them(monkeypatch: pytest.Mon
     monkeypatch.setenv("OVERDRIVE_FOO", "1")
     message = complaint()
     assert message.startswith("OVERDRIVE_FOO is no setting; there are ")
-    assert {"OVERDRIVE_DATABASE_URL", "OVERDRIVE_POOL__SIZE", "OVERDRIVE_PAGINATION__SECRET"} <= set(
+    assert {"OVERDRIVE_DATABASE_URL", "OVERDRIVE_POOL__SIZE", "OVERDRIVE_PAGINATION__SECRETS"} <= set(
         message.replace(",", "").split()
     )
 
@@ -186,9 +188,35 @@ def test_settings_are_frozen() -> None:
             setattr(part, name, getattr(part, name))
 
 
-def test_the_secret_is_not_shown() -> None:
-    settings = Settings.load(pagination={"secret": "hush"})
-    assert settings.pagination.secret is not None
-    assert settings.pagination.secret.get_secret_value() == "hush"
+OLD, NEW = "old secret of the app", "123456789012345678901234"
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    return [secret.get_secret_value() for secret in settings.pagination.secrets]
+
+
+def test_secrets_are_one_text_or_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert secrets_of(Settings.load(pagination={"secrets": OLD})) == [OLD]
+    assert secrets_of(Settings.load(pagination={"secrets": [NEW, OLD]})) == [NEW, OLD]
+    for given, expected in [(OLD, [OLD]), (NEW, [NEW]), (f'["{NEW}", "{OLD}"]', [NEW, OLD]), ("[]", [])]:
+        monkeypatch.setenv("OVERDRIVE_PAGINATION__SECRETS", given)
+        assert secrets_of(Settings.load()) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [("", "at least 16 characters"), ("hush", "at least 16 characters"), ('["hush', "EOF"), ("[1]", "valid string")],
+)
+def test_a_secret_that_protects_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, given: str, fix: str) -> None:
+    monkeypatch.setenv("OVERDRIVE_PAGINATION__SECRETS", given)
+    message = complaint()
+    assert message.startswith("OVERDRIVE_PAGINATION__SECRETS")
+    assert fix in message
+    assert "hush" not in message
+
+
+def test_secrets_are_not_shown() -> None:
+    settings = Settings.load(pagination={"secrets": [NEW, OLD]})
     for shown in (repr(settings), str(settings), settings.model_dump_json()):
-        assert "hush" not in shown
+        assert NEW not in shown
+        assert OLD not in shown

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import httpx2
 import pytest
-from fastapi import APIRouter, FastAPI, Query
+from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from sqlalchemy import Engine, insert, select
-from support import Item, client, tables
+from sqlalchemy import Engine, func, insert, select
+from sqlalchemy.orm import Session, scoped_session
+from support import Item, Other, client, tables
 
 from overdrive import (
+    BasePage,
+    CountedCursorPage,
+    CountedPage,
     CursorPage,
     CursorParams,
+    Found,
+    LimitOffsetPage,
+    LimitOffsetParams,
     Overdrive,
     Page,
+    PageError,
     PageParams,
     SessionDep,
     Settings,
     SyncSessionDep,
+    cached,
     paginate,
 )
+
+T = TypeVar("T")
 
 pytestmark = pytest.mark.anyio
 
@@ -37,10 +48,70 @@ class ItemOut(BaseModel):
     name: str
 
 
+class Data(BasePage[T], Generic[T]):
+    data: list[T]
+    meta: dict[str, int | None]
+
+    @classmethod
+    def of(cls, found: Found) -> Self:
+        return cls.model_construct(data=found.items, meta={"count": found.total, "page": found.page})
+
+
 def routes(router: Any) -> None:
     @router.get("/items", response_model=Page[ItemOut])
     async def items(db: SessionDep, name: str | None = None) -> Any:
         return await paginate(db, filtered(name))
+
+    @router.get("/window", response_model=LimitOffsetPage[ItemOut])
+    async def window(db: SessionDep) -> Any:
+        return await paginate(db, select(Item))
+
+    @router.get("/sync-window")
+    def sync_window(db: SyncSessionDep) -> LimitOffsetPage[ItemOut]:
+        return paginate(db, select(Item))  # type: ignore[no-any-return]
+
+    @router.get("/own-window", response_model=LimitOffsetPage[ItemOut])
+    async def own_window(db: SessionDep, window: Annotated[LimitOffsetParams, Query()]) -> Any:
+        return await paginate(db, select(Item), limit_offset=window)
+
+    @router.get("/counted", response_model=CountedPage[ItemOut])
+    async def counted(db: SessionDep, total: Literal["capped", "none"] = "capped") -> Any:
+        return await paginate(db, select(Item), total=total)
+
+    @router.get("/counted-own", response_model=CountedPage[ItemOut])
+    def counted_own(db: SyncSessionDep, page: Annotated[PageParams, Depends()]) -> Any:
+        return paginate(db, select(Item), page=page, total="estimated")
+
+    @router.get("/counted-feed", response_model=CountedCursorPage[ItemOut])
+    async def counted_feed(db: SessionDep, total: Literal["exact", "none"] = "exact") -> Any:
+        return await paginate(db, select(Item), total=total)
+
+    @router.get("/joined", response_model=Page[ItemOut])
+    async def joined(db: SessionDep) -> Any:
+        return await paginate(db, select(Item).join(Other, Other.id >= 0))
+
+    @router.get("/joined-feed", response_model=CursorPage[ItemOut])
+    async def joined_feed(db: SessionDep) -> Any:
+        return await paginate(db, select(Item).join(Other, Other.id >= 0))
+
+    @router.get("/list", response_model=Page[ItemOut])
+    async def of_list() -> Any:
+        return paginate([{"id": n, "name": "n"} for n in range(ROWS)])
+
+    @router.get("/loud", response_model=Page[ItemOut])
+    async def loud(db: SessionDep) -> Any:
+        async def louder(items: list[Any]) -> list[Any]:
+            return [{"id": item.id, "name": item.name.upper()} for item in items]
+
+        return await paginate(db, select(Item), transform=louder)
+
+    @router.get("/sync-loud", response_model=Page[ItemOut])
+    def sync_loud(db: SyncSessionDep) -> Any:
+        return paginate(db, select(Item), transform=lambda items: [{"id": i.id, "name": i.name.upper()} for i in items])
+
+    @router.get("/enveloped", response_model=Data[ItemOut])
+    async def enveloped(db: SessionDep) -> Any:
+        return await paginate(db, select(Item))
 
     @router.get("/feed", response_model=CursorPage[ItemOut])
     async def feed(db: SessionDep, name: str | None = None, newest: bool = True) -> Any:
@@ -88,6 +159,7 @@ def database(url: str) -> Iterator[Engine]:
     with tables(url) as engine:
         with engine.begin() as connection:
             connection.execute(insert(Item), [{"name": f"n{n % 5}"} for n in range(ROWS)])
+            connection.execute(insert(Other), [{"name": "o"}] * 3)
         yield engine
 
 
@@ -151,7 +223,9 @@ def test_no_integer_is_a_server_error(sqlite_url: str, page: int, size: int) -> 
         with TestClient(app) as http:
             for path in ("/items", "/sync", "/own"):
                 answer = http.get(path, params={"page": page, "size": size})
-                assert answer.status_code in (200, 422)
+                assert answer.status_code in (200, 422) or answer.json()["code"] == "page_too_deep"
+            answer = http.get("/window", params={"offset": page, "limit": size})
+            assert answer.status_code in (200, 422) or answer.json()["code"] == "page_too_deep"
 
 
 async def first_cursor(http: httpx2.AsyncClient, path: str) -> str:
@@ -207,7 +281,7 @@ async def test_no_changed_cursor_is_accepted(http: httpx2.AsyncClient, data: st.
 
 async def test_cursor_is_good_in_every_worker_that_has_the_secret(url: str, database: Engine) -> None:
     async def cross(first: Any, second: Any) -> int:
-        apps = [served(url, pagination={"secret": secret} if secret else {}) for secret in (first, second)]
+        apps = [served(url, pagination={"secrets": secret} if secret else {}) for secret in (first, second)]
         async with client(apps[0][0]) as one, client(apps[1][0]) as two:
             answer = await two.get("/feed", params={"cursor": await first_cursor(one, "/feed?size=2")})
         for _, overdrive in apps:
@@ -245,3 +319,269 @@ def test_openapi_has_the_parameters_and_their_bounds_before_any_request(sqlite_u
         assert [each["name"] for each in paths[f"{place}/own"]["get"]["parameters"]] == ["page", "size"]
     schema = app.openapi()["components"]["schemas"]["Page_ItemOut_"]
     assert list(schema["properties"]) == ["items", "total", "page", "size", "pages"]
+
+
+# Every style through the one call
+
+
+@pytest.mark.parametrize("place", ["", "/router", "/mount"])
+@pytest.mark.parametrize("path", ["/window", "/sync-window", "/own-window"])
+async def test_page_by_limit_and_offset(http: httpx2.AsyncClient, place: str, path: str) -> None:
+    answer = (await http.get(f"{place}{path}?limit=4&offset=21")).json()
+    assert [item["id"] for item in answer.pop("items")] == [22, 23]
+    assert answer == {"total": ROWS, "limit": 4, "offset": 21}
+    for wrong in ("offset=-1", "limit=0", f"offset={2**53}", "limit=10001"):
+        assert (await http.get(f"{place}{path}?{wrong}")).status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/joined", "/joined-feed"])
+async def test_a_join_to_many_does_not_repeat_an_entity(http: httpx2.AsyncClient, path: str) -> None:
+    answer = (await http.get(f"{path}?size=5")).json()
+    assert [item["id"] for item in answer["items"]] == [1, 2, 3, 4, 5]
+    assert answer.get("total", ROWS) == ROWS
+
+
+async def test_a_list_is_paginated(http: httpx2.AsyncClient) -> None:
+    answer = await http.get("/list?page=3&size=10")
+    assert [item["id"] for item in answer.json()["items"]] == [20, 21, 22]
+    assert answer.json()["pages"] == 3
+    assert 'rel="prev"' in answer.headers["link"]
+
+
+@pytest.mark.parametrize("path", ["/loud", "/sync-loud"])
+async def test_items_are_transformed_before_they_are_enveloped(http: httpx2.AsyncClient, path: str) -> None:
+    assert (await http.get(f"{path}?size=2")).json()["items"] == [{"id": 1, "name": "N0"}, {"id": 2, "name": "N1"}]
+
+
+async def test_an_envelope_of_ones_own(http: httpx2.AsyncClient) -> None:
+    answer = (await http.get("/enveloped?page=12&size=2")).json()
+    assert answer == {"data": [{"id": 23, "name": "n2"}], "meta": {"count": ROWS, "page": 12}}
+
+
+# Totals
+
+
+async def test_a_client_may_choose_the_total_where_the_route_lets_it(http: httpx2.AsyncClient) -> None:
+    capped = (await http.get("/counted?size=5")).json()
+    assert list(capped) == ["items", "total", "total_kind", "page", "size", "pages", "has_more"]
+    assert (capped["total"], capped["total_kind"], capped["pages"], capped["has_more"]) == (ROWS, "exact", 5, True)
+    none = (await http.get("/counted?total=none&page=5&size=5")).json()
+    assert (none["total"], none["total_kind"], none["pages"], none["has_more"]) == (None, "none", None, False)
+    assert (await http.get("/counted?total=exact")).status_code == 422
+    own = (await http.get("/counted-own?page=5&size=5")).json()
+    assert (own["total"], own["total_kind"], len(own["items"])) == (ROWS, "exact", 3)
+    # Its own parameters have the bound of their class alone.
+    assert (await http.get("/counted-own?size=101")).status_code == 200
+
+
+async def test_a_cursor_page_with_a_total(http: httpx2.AsyncClient) -> None:
+    answer = (await http.get("/counted-feed?size=5")).json()
+    assert list(answer) == ["items", "total", "total_kind", "next_cursor", "prev_cursor", "size"]
+    second = (await http.get("/counted-feed", params={"size": 5, "cursor": answer["next_cursor"]})).json()
+    assert [(page["total"], page["total_kind"]) for page in (answer, second)] == [(ROWS, "exact")] * 2
+    whole = (await http.get("/counted-feed?size=50")).json()
+    assert (whole["total"], whole["next_cursor"]) == (ROWS, None)
+    none = (await http.get("/counted-feed?size=50&total=none")).json()
+    assert (none["total"], none["total_kind"]) == (None, "none")
+
+
+@pytest.fixture
+def session(sqlite_url: str) -> Iterator[Session]:
+    with tables(sqlite_url) as engine, Session(engine) as session:
+        session.add_all([Item(name=f"n{n % 5}") for n in range(ROWS)])
+        session.flush()
+        yield session
+
+
+def test_outside_of_a_request_the_envelope_follows_from_what_is_asked(session: Session) -> None:
+    stmt = select(Item)
+    assert type(paginate(session, stmt, page=PageParams())) is Page
+    assert type(paginate(session, stmt, page=PageParams(), total="capped")) is CountedPage
+    assert type(paginate(session, stmt, limit_offset=LimitOffsetParams())) is LimitOffsetPage
+    assert type(paginate(session, stmt, cursor=CursorParams())) is CursorPage
+    assert paginate(session, stmt, cursor=CursorParams(size=5), total="capped").total == ROWS
+    assert paginate((1, 2, 3), page=PageParams(size=2)).items == [1, 2]
+    assert paginate(session, stmt, page=PageParams(), count_query=select(func.count(Item.id))).total == ROWS
+
+
+MISUSES: list[tuple[Any, str]] = [
+    (lambda db: paginate(db, select(Item)), "response_model=Page"),
+    (lambda db: paginate(db, page=PageParams()), "needs a statement"),
+    (lambda db: paginate(db, select(Item), page=PageParams(), cursor=CursorParams()), "one of"),
+    (lambda db: paginate(db, select(Item), limit_offset=LimitOffsetParams(), total="none"), "CountedPage"),
+    (lambda db: paginate(db, select(Item), page=PageParams(), total="none", count_query=select(1)), "leave out one"),
+    (lambda db: paginate([1], select(Item), page=PageParams()), "a list of rows"),
+    (lambda db: paginate("rows", page=PageParams()), "a list of rows"),
+    (lambda db: paginate(scoped_session(lambda: db), select(Item), page=PageParams()), "session itself"),
+    (lambda db: paginate([1], cursor=CursorParams()), "no order keys"),
+    (lambda db: paginate([1], page=PageParams(), transform=_coroutine), "plain one"),
+]
+
+
+async def _coroutine(items: list[Any]) -> list[Any]:
+    return items
+
+
+@pytest.mark.parametrize(("call", "fix"), MISUSES)
+def test_misuse_names_the_fix(session: Session, call: Any, fix: str) -> None:
+    with pytest.raises(PageError, match=fix):
+        call(session)
+
+
+def test_what_the_declared_envelope_cannot_say_names_the_fix(session: Session) -> None:
+    app = FastAPI()
+    Overdrive(app, database_url="sqlite+aiosqlite://")
+    raised: list[PageError] = []
+
+    def refused(path: str, **options: Any) -> None:
+        @app.get(path, response_model=Page[ItemOut])
+        async def endpoint() -> Any:
+            with pytest.raises(PageError) as caught:
+                paginate(session, select(Item), **options)
+            raised.append(caught.value)
+            return paginate([])
+
+    refused("/capped", total="capped")
+    refused("/cursor", cursor=CursorParams())
+    with TestClient(app) as http:
+        assert http.get("/capped").status_code == http.get("/cursor").status_code == 200
+    assert "declare CountedPage[...]" in str(raised[0])
+    assert "declare CursorPage" in str(raised[1])
+
+
+# Depth
+
+
+async def test_too_deep_is_a_coded_400(url: str, database: Engine) -> None:
+    app, overdrive = served(url, pagination={"max_offset": 20})
+    async with client(app) as http:
+        for place in ("", "/router", "/mount"):
+            for path in ("/items?size=10&page=4", "/own?size=10&page=4", "/window?offset=21", "/own-window?offset=21"):
+                answer = await http.get(place + path)
+                assert (answer.status_code, answer.json()["code"]) == (400, "page_too_deep")
+                assert "cursors" in answer.json()["detail"]
+        deepest = await http.get("/items?size=10&page=3")
+        assert len(deepest.json()["items"]) == 3
+        assert 'rel="last"' in deepest.headers["link"]
+        assert 'rel="last"' not in (await http.get("/window?offset=19&limit=1")).headers["link"]
+    await overdrive.aclose()
+
+
+# Links
+
+
+def links(answer: Any) -> dict[str, str]:
+    return {rel: link["url"] for rel, link in answer.links.items()}
+
+
+@pytest.mark.parametrize("path", ["/items", "/sync", "/window", "/feed", "/counted-feed?total=none", "/own"])
+@pytest.mark.parametrize("place", ["", "/mount"])
+async def test_links_lead_through_all_pages(http: httpx2.AsyncClient, place: str, path: str) -> None:
+    size = "limit" if "window" in path else "size"
+    answer = await http.get(f"{place}{path}{'&' if '?' in path else '?'}{size}=7")
+    first = links(answer)["first"]
+    seen: list[int] = []
+    while True:
+        seen += [item["id"] for item in answer.json()["items"]]
+        assert links(answer)["first"] == first
+        assert len(seen) <= ROWS
+        if "next" not in links(answer):
+            break
+        answer = await http.get(links(answer)["next"])
+    assert sorted(seen) == list(range(1, ROWS + 1))
+    back = await http.get(links(answer)["prev"])
+    assert [item["id"] for item in back.json()["items"]] == seen[14:21]
+    assert (await http.get(first)).json()["items"] == (await http.get(f"{place}{path}")).json()["items"][:7]
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "public"),
+    [
+        ("", "/items", "/items"),
+        ("/api", "/items", "/api/items"),
+        ("/api", "/api/items", "/api/items"),
+        ("/api/", "/router/items", "/api/router/items"),
+        ("/api", "/api/mount/items", "/api/mount/items"),
+        ("/it", "/items", "/it/items"),
+    ],
+)
+async def test_links_are_right_behind_a_proxy(sqlite_url: str, root: str, path: str, public: str) -> None:
+    with tables(sqlite_url):
+        app, overdrive = served(sqlite_url)
+        transport = httpx2.ASGITransport(app, root_path=root)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
+            answer = await http.get(f"{path}?name=n%201&name=x")
+        assert links(answer)["first"] == f"{public}?name=n+1&name=x&page=1"
+        await overdrive.aclose()
+
+
+async def test_links_survive_the_cache_and_head(url: str, database: Engine) -> None:
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=url, cache=True)
+
+    @app.api_route("/items", methods=["GET", "HEAD"], response_model=Page[ItemOut])
+    @cached
+    async def items(db: SessionDep) -> Any:
+        return await paginate(db, select(Item))
+
+    async with client(app) as http:
+        answers = [await http.get("/items?size=9") for _ in range(2)]
+        assert [answer.headers["x-cache"] for answer in answers] == ["miss", "hit"]
+        head = await http.head("/items?size=9")
+        assert {str(links(answer)) for answer in (*answers, head)} == {str(links(answers[0]))}
+        assert set(links(head)) == {"first", "next", "last"}
+    await overdrive.aclose()
+
+
+async def test_links_can_be_switched_off_and_are_not_guessed(url: str, database: Engine) -> None:
+    app, overdrive = served(url, pagination={"link_header": False})
+    async with client(app) as http:
+        assert "link" not in (await http.get("/items")).headers
+    await overdrive.aclose()
+
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=url)
+
+    @app.get("/items", response_model=Page[ItemOut])
+    async def items(db: SessionDep, p: int = 1) -> Any:
+        return await paginate(db, select(Item), page=PageParams(page=p, size=5))
+
+    async with client(app) as http:
+        assert "link" not in (await http.get("/items?p=2")).headers
+    await overdrive.aclose()
+
+
+def test_page_routes_and_no_others_document_what_they_refuse(sqlite_url: str) -> None:
+    app, _ = served(sqlite_url)
+
+    @app.get("/plain")
+    async def plain(q: int = 0) -> int:
+        return q
+
+    @app.get("/taken", response_model=Page[ItemOut], responses={400: {"description": "Mine"}})
+    async def taken() -> Any:
+        return paginate([])
+
+    paths = app.openapi()["paths"]
+
+    def refusal(path: str) -> Any:
+        return paths[path]["get"]["responses"].get("400")
+
+    def code(path: str) -> Any:
+        schema = refusal(path)["content"]["application/json"]["schema"]
+        return schema["properties"]["code"]["examples"][0]
+
+    assert refusal("/plain") is None
+    assert refusal("/taken") == {"description": "Mine"}
+    for place in ("", "/router"):
+        assert code(f"{place}/items") == code(f"{place}/own") == code(f"{place}/window") == "page_too_deep"
+        assert code(f"{place}/feed") == "invalid_cursor"
+        assert [each["name"] for each in paths[f"{place}/own-window"]["get"]["parameters"]] == ["limit", "offset"]
+        assert [each["name"] for each in paths[f"{place}/counted-own"]["get"]["parameters"]] == ["page", "size"]
+    assert app.openapi() == app.openapi()
+    assert list(app.openapi()["components"]["schemas"]["LimitOffsetPage_ItemOut_"]["properties"]) == [
+        "items",
+        "total",
+        "limit",
+        "offset",
+    ]

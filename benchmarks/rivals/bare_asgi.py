@@ -3,8 +3,8 @@
 from typing import Any
 
 _BODY = (
-    b'{"id":4711,"email":"grace.haddad.4711@example.com","name":"Grace Haddad","country":"BR",'
-    b'"created_at":"2023-08-26T20:38:04","active":false}'
+    b'{"id":4711,"email":"chen.lopez.4711@example.com","name":"Chen Lopez","country":"GB",'
+    b'"created_at":"2023-02-23T04:29:22","active":false}'
 )
 #: As many, and as long, as a hit from Overdrive's cache carries.
 _HEADERS = [

@@ -73,10 +73,10 @@ def constant_app(app: FastAPI) -> FastAPI:
     """Let an app answer user 4711 to everybody, as the databases of all runs hold it."""
     user = UserOut(
         id=4711,
-        email="grace.haddad.4711@example.com",
-        name="Grace Haddad",
-        country="BR",
-        created_at=datetime(2023, 8, 26, 20, 38, 4),
+        email="chen.lopez.4711@example.com",
+        name="Chen Lopez",
+        country="GB",
+        created_at=datetime(2023, 2, 23, 4, 29, 22),
         active=False,
     )
 

@@ -28,12 +28,21 @@ if TYPE_CHECKING:
     from .errors import NotInstalledError as NotInstalledError
     from .errors import OverdriveError as OverdriveError
     from .errors import PageError as PageError
+    from .errors import PageTooDeepError as PageTooDeepError
     from .errors import RequestError as RequestError
     from .errors import SessionEndedError as SessionEndedError
+    from .export import stream as stream
+    from .listing import Listing as Listing
     from .log.handler import LogHandler as LogHandler
     from .pages import paginate as paginate
+    from .pagination.page import BasePage as BasePage
+    from .pagination.page import CountedCursorPage as CountedCursorPage
+    from .pagination.page import CountedPage as CountedPage
     from .pagination.page import CursorPage as CursorPage
     from .pagination.page import CursorParams as CursorParams
+    from .pagination.page import Found as Found
+    from .pagination.page import LimitOffsetPage as LimitOffsetPage
+    from .pagination.page import LimitOffsetParams as LimitOffsetParams
     from .pagination.page import Page as Page
     from .pagination.page import PageParams as PageParams
     from .pool.engine import create_engine as create_engine
@@ -62,12 +71,26 @@ _MODULES = {
         "NotInstalledError",
         "OverdriveError",
         "PageError",
+        "PageTooDeepError",
         "RequestError",
         "SessionEndedError",
     ),
+    "export": ("stream",),
+    "listing": ("Listing",),
     "log.handler": ("LogHandler",),
     "pages": ("paginate",),
-    "pagination.page": ("CursorPage", "CursorParams", "Page", "PageParams"),
+    "pagination.page": (
+        "BasePage",
+        "CountedCursorPage",
+        "CountedPage",
+        "CursorPage",
+        "CursorParams",
+        "Found",
+        "LimitOffsetPage",
+        "LimitOffsetParams",
+        "Page",
+        "PageParams",
+    ),
     "pool.engine": ("create_engine",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,4 +1,4 @@
-"""The command line: `overdrive demo` and `overdrive inspect`.
+"""The command line: `overdrive demo`, `overdrive inspect` and `overdrive doctor`.
 
 What an extra brings is imported where it is needed, so that a missing one is named instead of a module.
 """
@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .app import Overdrive
 from .cache.store import StoreUnavailable
 from .config import Settings
+from .doctor import examine
 from .endpoint import CACHED, RequestSession, SessionFactory, SyncRequestSession, SyncSessionFactory
 from .errors import ConfigurationError
 from .installer import Installation, Site, key_plan, page_style, refuse_misuse, sites
@@ -39,7 +41,10 @@ _USERS_ON_SERVERS = 2_000_000
 #: What a shell reports for a command that Ctrl-C has ended: 128 + SIGINT.
 _INTERRUPTED = 130
 
-_PAGES = {"page": "page by number", "cursor": "page by cursor"}
+#: What `doctor` reports where it could not look: 1 is for advice.
+_UNEXAMINED = 2
+
+_PAGES = {"page": "page by number", "limit_offset": "page by limit and offset", "cursor": "page by cursor"}
 
 _SESSIONS: dict[type, str] = {
     RequestSession: "async session",
@@ -121,6 +126,34 @@ def _commands() -> "typer.Typer":
         print("\nRoutes:")
         for site in sites(overdrive.installation.app):
             print(f"  {site.name:<40} {'; '.join(_treatment(site, overdrive)) or '-'}")
+
+    @app.command()
+    def doctor(
+        target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)],
+        param: Annotated[
+            list[str], typer.Option(help="NAME=VALUE for a parameter that pages have; may be repeated.")
+        ] = [],  # noqa: B006 - typer's way
+        header: Annotated[list[str], typer.Option(help="'NAME: VALUE' to send; may be repeated.")] = [],  # noqa: B006
+        as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    ) -> None:
+        """Name the index that a page lacks, with proof; print nothing where all is well.
+
+        GET routes that declare a page are really called, on databases that refuse writes. The exit status is 1 where
+        there is advice, else 2 where something could not be examined.
+        """
+        try:
+            # What the app prints is not what was asked for.
+            with contextlib.redirect_stdout(sys.stderr):
+                report = asyncio.run(examine(_app(target), _pairs("=", param), _pairs(":", header)))
+        except ConfigurationError as error:
+            print(f"overdrive: {error}", file=sys.stderr)
+            sys.exit(_UNEXAMINED)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(_UNEXAMINED)
+        if text := report.as_json() if as_json else report.as_text():
+            print(text)
+        sys.exit(report.status)
 
     return app
 
@@ -241,13 +274,26 @@ async def _seed(engine: AsyncEngine, users: int) -> None:
         raise ConfigurationError(f"the database {where} cannot be filled: {reason}") from None
 
 
-# inspect
+# inspect and doctor
 
 
-def _overdrive(target: str) -> Overdrive:
+def _app(target: str) -> FastAPI:
     app = _imported(target)
     if not isinstance(app, FastAPI):
         raise ConfigurationError(f"{target} is no FastAPI app but of type {type(app).__name__}")
+    return app
+
+
+def _pairs(separator: str, given: list[str]) -> dict[str, str]:
+    pairs = [each.partition(separator) for each in given]
+    for name, found, _ in pairs:
+        if not name or not found:
+            raise ConfigurationError(f"{name!r} has no value: it looks like name{separator}value")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _overdrive(target: str) -> Overdrive:
+    app = _app(target)
     installation: Installation | None = getattr(app.state, "overdrive_installation", None)
     if installation is None or installation.runtime is None:
         raise ConfigurationError(f"{target} has no Overdrive: call Overdrive(app)")

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import ConfigurationError
 
 _PREFIX = "OVERDRIVE_"
 _NESTED = "__"
+_SHORTEST_SECRET = 16
 
 
 class PoolSettings(BaseModel):
@@ -70,19 +72,39 @@ class LogSettings(BaseModel):
 
 
 class PaginationSettings(BaseModel):
-    """Page sizes, and the key that signs cursors.
+    """Page sizes, and the keys that sign cursors.
 
     size: rows on a page where the client asks for none.
     max_size: the most a client may ask for.
-    secret: the key cursors are signed with, the same in every worker; left out, each process makes one,
-        and its cursors end with it.
+    max_offset: rows that may come before a page by number, which the database reads to skip them.
+    link_header: whether pages carry a `Link` header with their neighbours (RFC 8288).
+    secrets: what cursors are signed with, the same wherever the app runs: one text, or several, of which the first
+        signs and each is accepted, so that a new one may take over before the old one goes. Each has at least 16
+        characters, better 32 random bytes (RFC 2104, section 3). Left out, a server makes a key of its own for all
+        its workers, and its cursors end with it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(50, ge=1)
     max_size: int = Field(100, ge=1, le=10_000)
-    secret: SecretStr | None = None
+    max_offset: int = Field(1_000_000, ge=0)
+    link_header: bool = True
+    secrets: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+
+    @field_validator("secrets", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return from_json(value) if value.startswith("[") else [value]
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _long_enough(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(secret) < _SHORTEST_SECRET for secret in secrets):
+            raise ValueError(f"a secret has at least {_SHORTEST_SECRET} characters")
+        return secrets
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:
@@ -140,5 +162,6 @@ def _unknown(name: str, known: set[str]) -> str:
 
 def _complaint(error: Any) -> str:
     name = _PREFIX + _NESTED.join(str(part).upper() for part in error["loc"])
-    given = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    shown = not isinstance(error["input"], dict) and "secrets" not in error["loc"]
+    given = f" (got {error['input']!r})" if shown else ""
     return f"{name}: {error['msg']}{given}"

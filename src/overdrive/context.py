@@ -17,6 +17,9 @@ Outcome = Literal["ok", "error", "cancelled", "disconnected"]
 class UnitOfWork(Protocol):
     """A session of this request that must be ended before the response's first byte."""
 
+    def settle(self, status: int) -> bool:
+        """Do what `end` would, where that waits for nothing; say whether it was done."""
+
     async def end(self, status: int) -> None:
         """Commit or roll back as `status` asks, and give the connection back."""
 
@@ -48,7 +51,7 @@ class RequestContext:
     __slots__ = (
         "bytes_sent",
         "cache_status",
-        "cursor_key",
+        "cursor_keys",
         "database_time",
         "duration",
         "exchange",
@@ -83,7 +86,7 @@ class RequestContext:
         method: str,
         path: str,
         query: str = "",
-        cursor_key: bytes = b"",
+        cursor_keys: tuple[bytes, ...] = (),
         runtime: Any = None,
         trace_id: str | None = None,
         span_id: str | None = None,
@@ -94,8 +97,8 @@ class RequestContext:
         self.method = method
         self.path = path
         self.query = query
-        #: What cursors are signed with.
-        self.cursor_key = cursor_key
+        #: What cursors may be signed with; new ones with the first.
+        self.cursor_keys = cursor_keys
         #: The `Overdrive` that serves this request.
         self.runtime = runtime
 

@@ -7,6 +7,7 @@
     * `PageError` (500): the endpoint's query or page style cannot be paginated as written
     * `RequestError` (400): the request itself asks for something impossible; answered as JSON with its code
         * `InvalidCursorError` (400): a cursor that was damaged, or made for another route, order or filter
+        * `PageTooDeepError` (400): a page by number behind more rows than may be skipped
 """
 
 from __future__ import annotations
@@ -54,3 +55,9 @@ class InvalidCursorError(RequestError):
     """A cursor that is damaged, or that was made for another route, order or filter."""
 
     code = "invalid_cursor"
+
+
+class PageTooDeepError(RequestError):
+    """A page by number that begins after more rows than `pagination.max_offset` allows."""
+
+    code = "page_too_deep"

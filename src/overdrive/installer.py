@@ -13,10 +13,13 @@ Annotations of dependencies made here are read by FastAPI at run time, so this m
 import functools
 import inspect
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, routing
@@ -44,7 +47,7 @@ from .endpoint import (
 from .errors import ConfigurationError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
-from .pagination.page import BasePage, CursorParams, PageParams
+from .pagination.page import BasePage, CursorParams, LimitOffsetParams, Page, PageParams, Style
 
 if TYPE_CHECKING:
     from .app import Overdrive
@@ -118,7 +121,7 @@ class Installation:
         self.app = app
         self.runtime: Overdrive | None = None
         self.pagination = PaginationSettings()
-        self.cursor_key = PROCESS_KEY
+        self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
         self.logs_events = False
         self._installed = False
@@ -155,8 +158,8 @@ class Installation:
         self.runtime = runtime
         settings = runtime.settings
         self.pagination = settings.pagination
-        if settings.pagination.secret is not None:
-            self.cursor_key = settings.pagination.secret.get_secret_value().encode()
+        if settings.pagination.secrets:
+            self.cursor_keys = tuple(each.get_secret_value().encode() for each in settings.pagination.secrets)
         self.request_id_header = settings.log.request_id_header.encode()
         self.logs_events = settings.log.events
 
@@ -221,6 +224,8 @@ class Installation:
         found = [site for site in found if id(site.route.dependant) not in self._prepared]
         for site in found:
             refuse_misuse(site)
+            if PROCESS_KEY in self.cursor_keys:
+                refuse_lone_key(site)
         for site in found:
             self._prepared[id(site.route.dependant)] = site.route.dependant
             self._prepare(site)
@@ -232,8 +237,10 @@ class Installation:
         served.append((compile_path(site.template)[0], site.template))
         if isinstance(site.route.original_route, APIWebSocketRoute):
             return
-        if (style := page_style(site)) is not None and works(check_added_dependency):
-            add_dependency(site, page_dependency(style, self.pagination))
+        if (envelope := page_model(site)) is not None and works(check_added_dependency):
+            taken = page_style(site) is None
+            add_dependency(site, page_dependency(envelope, self.pagination, taken=taken, endpoint=site.route.endpoint))
+            document_refusal(site, envelope.style)
         mark = getattr(site.route.endpoint, CACHED, None)
         if mark is None or self.runtime is None:
             return
@@ -286,21 +293,61 @@ def refuse_misuse(site: Site) -> None:
             )
 
 
+def refuse_lone_key(site: Site) -> None:
+    """Raise `ConfigurationError` for cursors that another worker of the same server could not read.
+
+    What `multiprocessing` starts, as uvicorn does its workers, has its key from its parent; what gunicorn forks, not.
+    """
+    model = page_model(site)
+    walked = model is not None and model.style == "cursor"
+    several = "gunicorn.arbiter" in sys.modules or os.environ.get("WEB_CONCURRENCY", "1") != "1"
+    if walked and several and parent_process() is None:
+        raise ConfigurationError(
+            f"{site.name} has cursors, and each worker here would sign them with a key of its own, which the others "
+            "refuse: give all of them the same, OVERDRIVE_PAGINATION__SECRETS=<32 random bytes, as text>"
+        )
+
+
 def is_awaited(endpoint: Callable[..., Any]) -> bool:
     """Say whether FastAPI awaits an endpoint: a function, what a decorator has wrapped, or an object one can call."""
     called = (endpoint, inspect.unwrap(endpoint), getattr(endpoint, "__call__", None))  # noqa: B004
     return any(inspect.iscoroutinefunction(each) for each in called)
 
 
-def page_style(site: Site) -> str | None:
-    """Return the style of the page a route declares; None where it declares none, or takes the parameters itself."""
+def page_model(site: Site) -> type[BasePage[Any]] | None:
+    """Return the page a route declares; None where it declares none."""
     # A websocket has none.
     model = getattr(site.route, "response_model", None)
-    if not (isinstance(model, type) and issubclass(model, BasePage)):
-        return None
-    annotations = (field.field_info.annotation for d in site.graph() for field in d.query_params)
-    taken = any(isinstance(a, type) and issubclass(a, PageParams | CursorParams) for a in annotations)
-    return None if taken else model.style
+    return model if isinstance(model, type) and issubclass(model, BasePage) else None
+
+
+def page_style(site: Site) -> Style | None:
+    """Return the style of the page a route declares; None where it declares none, or takes the parameters itself."""
+    model = page_model(site)
+    asks = [d.call for d in site.dependencies()]
+    asks += [field.field_info.annotation for d in site.graph() for field in d.query_params]
+    taken = any(isinstance(each, type) and issubclass(each, _PARAMS) for each in asks)
+    return None if taken or model is None else model.style
+
+
+_PARAMS = (PageParams, LimitOffsetParams, CursorParams)
+
+
+def document_refusal(site: Site, style: Style) -> None:
+    """Document the 400 that a page answers with, unless the route documents its own."""
+    code = "invalid_cursor" if style == "cursor" else "page_too_deep"
+    schema = {
+        "title": "RequestError",
+        "type": "object",
+        "required": ["detail", "code"],
+        "properties": {
+            "detail": {"type": "string", "description": "What is wrong, for people."},
+            "code": {"type": "string", "description": "What is wrong, for programs.", "examples": [code]},
+        },
+    }
+    description = "The cursor is not one of this list's." if style == "cursor" else "The page lies too deep."
+    content = {"application/json": {"schema": schema}}
+    site.route.responses.setdefault(400, {"description": description, "content": content})
 
 
 def add_dependency(site: Site, dependency: Callable[..., Any]) -> None:
@@ -404,7 +451,8 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
     cookies: set[str] = set()
     private = False
     for dependant in site.graph():
-        if isinstance(dependant.call, _OURS):
+        # A page's own dependency reads of the request its address, which is in every key.
+        if isinstance(dependant.call, _OURS) or getattr(dependant.call, "__module__", "") == page_dependency.__module__:
             continue
         if isinstance(dependant.call, SecurityBase):
             read = _credential(dependant.call)
@@ -528,9 +576,11 @@ def check_walk() -> None:
 def check_added_dependency() -> None:
     """Page parameters and cached routes: a dependency cannot be added to a route."""
     app, site = _specimen()
-    add_dependency(site, page_dependency("page", PaginationSettings()))
+    add_dependency(site, page_dependency(Page, PaginationSettings()))
+    document_refusal(site, "page")
     operation = app.openapi()["paths"]["/included/direct/{item}"]["get"]
     assert {"page", "size"} <= {parameter["name"] for parameter in operation["parameters"]}
+    assert "400" in operation["responses"]
 
 
 def check_replaced_call() -> None:

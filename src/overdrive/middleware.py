@@ -132,7 +132,7 @@ def _context_of(scope: Scope, installation: Installation) -> RequestContext:
         method=scope.get("method", "WEBSOCKET"),
         path=scope["path"],
         query=scope["query_string"].decode("latin-1"),
-        cursor_key=installation.cursor_key,
+        cursor_keys=installation.cursor_keys,
         runtime=installation.runtime,
         trace_id=trace[1].decode() if trace else None,
         span_id=trace[2].decode() if trace else None,

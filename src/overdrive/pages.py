@@ -3,124 +3,410 @@
 Annotations here are read by FastAPI at run time, so this module does not postpone them.
 """
 
-import secrets
-from collections.abc import Awaitable, Callable
+import ast
+import hmac
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from typing import Annotated, Any, overload
+from inspect import isawaitable
+from multiprocessing import current_process
+from textwrap import dedent
+from typing import Annotated, Any, get_args, overload
 from urllib.parse import parse_qsl
 
 import msgspec
-from fastapi import Query
+from fastapi import Query as QueryParameter
+from fastapi import Request, Response
+from pydantic import BaseModel
 from sqlalchemy import Executable
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .config import PaginationSettings
 from .context import RequestContext, current
-from .errors import PageError
+from .errors import PageError, PageTooDeepError
 from .pagination import select, walk
 from .pagination.cursor import MAX_LENGTH
-from .pagination.page import MAX_PAGE, CursorPage, CursorParams, Page, PageParams
-from .pool.session import execute, execute_sync
+from .pagination.link import link_header
+from .pagination.page import (
+    MAX_OFFSET,
+    MAX_PAGE,
+    BasePage,
+    CountedCursorPage,
+    CountedPage,
+    CursorPage,
+    CursorParams,
+    Found,
+    LimitOffsetPage,
+    LimitOffsetParams,
+    Page,
+    PageParams,
+    Params,
+    Style,
+    Total,
+    slice_of,
+)
+from .pagination.recipe import Query, Recipes
+from .pool.session import adds_nothing, execute, execute_sync, fetch, fetch_sync
 
-#: Signs cursors where no secret is set; they end with the process.
-PROCESS_KEY = secrets.token_bytes(32)
+#: Signs cursors where no secret is set. It is made of what `multiprocessing` hands from a process to those it starts,
+#: so that all workers of one uvicorn have the same, and ends with that server.
+PROCESS_KEY = hmac.digest(current_process().authkey, b"overdrive.cursor", "sha256")
+
+
+#: What a page is put into where no route declares it: the first that can say the total.
+_ENVELOPES: dict[Style, tuple[type[BasePage[Any]], ...]] = {
+    "page": (Page, CountedPage),
+    "limit_offset": (LimitOffsetPage,),
+    "cursor": (CursorPage, CountedCursorPage),
+}
+
+_recipes = Recipes()
+
+Transform = Callable[[list[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one request asks of a route that declares a page: its `context.page`.
+
+    envelope: the page the route declares, `Page[UserOut]`.
+    params: what the client has sent; None where the endpoint takes that itself.
+    path: the request's path as the client sees it, in front of any proxy.
+    model: of the items, where nothing but this model will read them.
+    """
+
+    envelope: type[BasePage[Any]]
+    params: Params | None
+    path: str
+    settings: PaginationSettings
+    model: type[BaseModel] | None
 
 
 @overload
-def paginate(db: AsyncSession, statement: Executable, *, page: PageParams) -> Awaitable[Page[Any]]: ...
-@overload
-def paginate(db: AsyncSession, statement: Executable, *, cursor: CursorParams) -> Awaitable[CursorPage[Any]]: ...
-@overload
-def paginate(db: AsyncSession, statement: Executable) -> Awaitable[Any]: ...
-@overload
-def paginate(db: Session, statement: Executable, *, page: PageParams) -> Page[Any]: ...
-@overload
-def paginate(db: Session, statement: Executable, *, cursor: CursorParams) -> CursorPage[Any]: ...
-@overload
-def paginate(db: Session, statement: Executable) -> Any: ...
 def paginate(
-    db: AsyncSession | Session,
+    db: AsyncSession,
     statement: Executable,
     *,
     page: PageParams | None = None,
+    limit_offset: LimitOffsetParams | None = None,
     cursor: CursorParams | None = None,
+    total: Total | None = None,
+    count_query: Executable | None = None,
+    transform: Transform | None = None,
+) -> Awaitable[Any]: ...
+@overload
+def paginate(
+    db: Session | Sequence[Any],
+    statement: Executable | None = None,
+    *,
+    page: PageParams | None = None,
+    limit_offset: LimitOffsetParams | None = None,
+    cursor: CursorParams | None = None,
+    total: Total | None = None,
+    count_query: Executable | None = None,
+    transform: Transform | None = None,
+) -> Any: ...
+def paginate(
+    db: AsyncSession | Session | Sequence[Any],
+    statement: Executable | None = None,
+    *,
+    page: PageParams | None = None,
+    limit_offset: LimitOffsetParams | None = None,
+    cursor: CursorParams | None = None,
+    total: Total | None = None,
+    count_query: Executable | None = None,
+    transform: Transform | None = None,
 ) -> Any:
-    """Return one page of the rows of `statement`.
+    """Return one page of the rows of `statement`, in the envelope that the endpoint declares.
 
-    db: a session; with an `AsyncSession` the page is awaited.
-    statement: a `select()`; it has no LIMIT of its own.
-    page, cursor: where to be in the rows. Left out, the endpoint's declared type decides (`Page[...]` or
-        `CursorPage[...]` as response model or return type) and the client's parameters are used.
+    db: a session; with an `AsyncSession` the page is awaited. Or a list or tuple of rows, without a statement.
+    statement: a `select()` without LIMIT, a union, or `text(...).columns(...)`. A select of one entity has each
+        row of it once, whatever it is joined to.
+    page, limit_offset, cursor: where to be in the rows. Left out, the endpoint's declared type decides (`Page[...]`,
+        `LimitOffsetPage[...]`, `CursorPage[...]` as response model or return type) and what the client has sent.
+    total: "exact"; "capped", which counts to 10,000; "estimated", the expectation of PostgreSQL's planner, elsewhere
+        capped; or "none". It is one that the envelope can say: `CountedPage` and `CountedCursorPage` can say all.
+        A route may leave the choice to its clients, with a parameter `total: Literal["capped", "none"] = "capped"`.
+    count_query: a select of one integer, the exact total, where that is quicker than counting the rows.
+    transform: a function, with an `AsyncSession` also a coroutine function, from the list of rows to the page's items.
 
-    Raises `PageError` where the statement cannot be paginated as written, and `InvalidCursorError` (a 400) for
-    a cursor that is damaged or was made for something else.
+    Raises `PageError` where the statement cannot be paginated as written, `InvalidCursorError` (a 400) for a cursor
+    that is damaged or was made for something else, `PageTooDeepError` (a 400) beyond `pagination.max_offset`.
     """
-    parameters = page or cursor or _declared()
     context = current()
+    asked: Asked | None = context.page if context is not None else None
+    params = _params(asked, [each for each in (page, limit_offset, cursor) if each is not None])
+    envelope = _envelope(asked, params, total)
+    total = total or envelope.totals[0]
     if context is not None:
-        context.page_style = "cursor" if isinstance(parameters, CursorParams) else "page"
-    if isinstance(parameters, CursorParams):
-        steps: Any = walk.cursor_page(
-            statement,
-            parameters,
-            dialect_name=_dialect_name(db, statement),
-            binding=_binding(context),
-            key=context.cursor_key if context is not None else PROCESS_KEY,
-        )
+        context.page_style = params.style
+
+    def finished(found: Found) -> Any:
+        if context is not None and asked is not None and context.response is not None:
+            _link(context, asked, found)
+        return envelope.of(found)
+
+    if isinstance(db, AsyncSession | Session):
+        model = asked.model if asked is not None and transform is None else None
+        steps = _steps(db, statement, params, total, count_query, context, model)
+        if isinstance(db, AsyncSession):
+            return _awaited(select.run_async(steps, partial(_send, db)), transform, finished)
+        found = select.run(steps, partial(_send_sync, db))
     else:
-        steps = select.page(statement, parameters)
-    if isinstance(db, AsyncSession):
-        return select.run_async(steps, partial(execute, db))
-    return select.run(steps, partial(execute_sync, db))
+        found = _slice(db, statement, params)
+    return finished(found if transform is None else replace(found, items=_transformed(found.items, transform)))
 
 
-def page_dependency(style: str, settings: PaginationSettings) -> Callable[..., Awaitable[None]]:
-    """Return the dependency that reads the page a client asks for, within the sizes the settings allow."""
-    size_query = Query(ge=1, le=settings.max_size, description="The most rows to return.")
-    page_query = Query(ge=1, le=MAX_PAGE, description="The page's number, from 1.")
-    cursor_query = Query(
+async def _send(db: AsyncSession, query: Query) -> Any:
+    return await (fetch if query.projected else execute)(db, query.statement, query.parameters)
+
+
+def _send_sync(db: Session, query: Query) -> Any:
+    return (fetch_sync if query.projected else execute_sync)(db, query.statement, query.parameters)
+
+
+def _params(asked: Asked | None, given: list[Params]) -> Params:
+    if len(given) > 1:
+        raise PageError("paginate() takes one of page=, limit_offset= and cursor=.")
+    params = given[0] if given else asked.params if asked is not None else None
+    if params is None:
+        raise PageError(
+            "paginate() does not know which page is asked for: declare the endpoint's type, as in "
+            "response_model=Page[UserOut], on an app with Overdrive(app) or add_pagination(app), or pass page=, "
+            "limit_offset= or cursor="
+        )
+    if asked is not None and not isinstance(params, CursorParams) and params.offset > asked.settings.max_offset:
+        raise PageTooDeepError(
+            f"The page begins after {params.offset} rows, and no page by number begins after more than "
+            f"{asked.settings.max_offset}: narrow the filter, or use an endpoint with cursors."
+        )
+    return params
+
+
+def _envelope(asked: Asked | None, params: Params, total: Total | None) -> type[BasePage[Any]]:
+    candidates = _ENVELOPES[params.style] if asked is None else (asked.envelope,)
+    envelope = next((each for each in candidates if total is None or total in each.totals), candidates[0])
+    if envelope.style != params.style:
+        raise PageError(
+            f"The endpoint declares {envelope.__name__}, a page by {envelope.style}, and paginate() is given "
+            f"{type(params).__name__}: declare {_ENVELOPES[params.style][0].__name__}."
+        )
+    if total is not None and total not in envelope.totals:
+        raise PageError(
+            f'{envelope.__name__} cannot say a total that is "{total}": declare CountedPage[...] or '
+            "CountedCursorPage[...], or an envelope of your own that names it in `totals`."
+        )
+    return envelope
+
+
+def _steps(
+    db: AsyncSession | Session,
+    statement: Executable | None,
+    params: Params,
+    total: Total,
+    count_query: Executable | None,
+    context: RequestContext | None,
+    model: type[BaseModel] | None,
+) -> select.Steps[Found]:
+    if statement is None:
+        raise PageError("paginate() of a session needs a statement: paginate(db, select(User)).")
+    if count_query is not None and total != "exact":
+        raise PageError(f'count_query= gives the exact total, and total= is "{total}": leave out one of them.')
+    session = db.sync_session if isinstance(db, AsyncSession) else db
+    dialect_name = session.get_bind(clause=statement).dialect.name  # type: ignore[arg-type]
+    if not isinstance(params, CursorParams):
+        return select.page(statement, params, total=total, count_query=count_query, dialect_name=dialect_name)
+    made = walk.cursor_page(
+        statement,
+        params,
+        recipes=_recipes,
+        dialect_name=dialect_name,
+        binding=_binding(context),
+        keys=context.cursor_keys if context is not None else (PROCESS_KEY,),
+        model=model,
+        adds_nothing=partial(adds_nothing, session),
+    )
+    return _counted(made, statement, params, total, count_query, dialect_name)
+
+
+def _counted(
+    walked: select.Steps[CursorPage[Any]],
+    statement: Executable,
+    params: CursorParams,
+    total: Total,
+    count_query: Executable | None,
+    dialect_name: str,
+) -> select.Steps[Found]:
+    made = yield from walked
+    number, kind = None, total
+    if total != "none" and made.next_cursor is None and made.prev_cursor is None:
+        number, kind = len(made.items), "exact"
+    elif total != "none":
+        roots = select.once(statement)
+        number, kind = yield from select.total_of(roots, total, count_query=count_query, dialect_name=dialect_name)
+    more = made.next_cursor is not None
+    return Found(made.items, params, more, number, kind, made.next_cursor, made.prev_cursor)
+
+
+def _slice(rows: Any, statement: Executable | None, params: Params) -> Found:
+    if statement is not None or isinstance(rows, str | bytes) or not isinstance(rows, Sequence):
+        raise PageError(
+            f"paginate() takes a session and a statement, or a list of rows, not a {type(rows).__name__}: of a scoped "
+            "session, pass the session itself."
+        )
+    if isinstance(params, CursorParams):
+        raise PageError("A list has no order keys to make a cursor of: declare Page[...] or LimitOffsetPage[...].")
+    return slice_of(rows, params)
+
+
+def _transformed(items: list[Any], transform: Transform) -> Any:
+    items = transform(items)
+    if isawaitable(items):
+        if isinstance(items, Coroutine):
+            items.close()
+        raise PageError("This transform is a coroutine function, and nothing is awaited here: make it a plain one.")
+    return items
+
+
+async def _awaited(making: Awaitable[Found], transform: Transform | None, finished: Callable[[Found], Any]) -> Any:
+    found = await making
+    if transform is not None:
+        items = transform(found.items)
+        found = replace(found, items=await items if isawaitable(items) else items)
+    return finished(found)
+
+
+# What a client asks for
+
+
+def page_dependency(
+    envelope: type[BasePage[Any]],
+    settings: PaginationSettings,
+    *,
+    taken: bool = False,
+    endpoint: Callable[..., Any] | None = None,
+) -> Callable[..., Awaitable[None]]:
+    """Return the dependency that reads the page a client asks for, within the sizes the settings allow.
+
+    taken: whether the endpoint reads that itself.
+    endpoint: the function that answers; where it returns pages as `paginate` makes them, they need hold no more than
+        the response model reads.
+    """
+    model = _item_model(envelope) if endpoint is not None and _returns_pages_as_made(endpoint) else None
+    size_query = QueryParameter(ge=1, le=settings.max_size, description="The most rows to return.")
+    page_query = QueryParameter(ge=1, le=MAX_PAGE, description="The page's number, from 1.")
+    offset_query = QueryParameter(ge=0, le=MAX_OFFSET, description="Rows to skip.")
+    cursor_query = QueryParameter(
         max_length=MAX_LENGTH,
         description="The `next_cursor` or `prev_cursor` of another page; leave it out for the first page.",
     )
 
-    async def by_page(page: Annotated[int, page_query] = 1, size: Annotated[int, size_query] = settings.size) -> None:
-        _ask_for(PageParams(page=page, size=size))
+    def ask(request: Request, response: Response, params: Params | None) -> None:
+        if (context := current()) is not None:
+            context.response = response
+            context.page = Asked(envelope, params, _public_path(request), settings, model)
+
+    async def by_page(
+        request: Request,
+        response: Response,
+        page: Annotated[int, page_query] = 1,
+        size: Annotated[int, size_query] = settings.size,
+    ) -> None:
+        ask(request, response, PageParams(page=page, size=size))
+
+    async def by_limit_offset(
+        request: Request,
+        response: Response,
+        limit: Annotated[int, size_query] = settings.size,
+        offset: Annotated[int, offset_query] = 0,
+    ) -> None:
+        ask(request, response, LimitOffsetParams(limit=limit, offset=offset))
 
     async def by_cursor(
-        cursor: Annotated[str | None, cursor_query] = None, size: Annotated[int, size_query] = settings.size
+        request: Request,
+        response: Response,
+        cursor: Annotated[str | None, cursor_query] = None,
+        size: Annotated[int, size_query] = settings.size,
     ) -> None:
-        _ask_for(CursorParams(cursor=cursor, size=size))
+        ask(request, response, CursorParams(cursor=cursor, size=size))
 
-    return by_page if style == "page" else by_cursor
+    async def by_endpoint(request: Request, response: Response) -> None:
+        ask(request, response, None)
 
-
-def _ask_for(parameters: PageParams | CursorParams) -> None:
-    if (context := current()) is not None:
-        context.page = parameters
-
-
-def _declared() -> PageParams | CursorParams:
-    context = current()
-    if context is None or context.page is None:
-        raise PageError(
-            "paginate() does not know which page is asked for: declare the endpoint's type, as in "
-            "response_model=Page[UserOut], on an app with Overdrive(app) or add_pagination(app), or pass page= or "
-            "cursor="
-        )
-    return context.page  # type: ignore[no-any-return]
+    styles: dict[Style, Callable[..., Awaitable[None]]] = {
+        "page": by_page,
+        "limit_offset": by_limit_offset,
+        "cursor": by_cursor,
+    }
+    return by_endpoint if taken else styles[envelope.style]
 
 
-def _dialect_name(db: AsyncSession | Session, statement: Executable) -> str:
-    session = db.sync_session if isinstance(db, AsyncSession) else db
-    return session.get_bind(clause=statement).dialect.name  # type: ignore[arg-type]
+def _item_model(envelope: type[BasePage[Any]]) -> type[BaseModel] | None:
+    """Return the model of an envelope's items, unless its class looks at them itself."""
+    field = envelope.model_fields.get("items")
+    of: Any = envelope.of
+    if field is None or of.__func__ is not BasePage.of.__func__:  # type: ignore[attr-defined]
+        return None
+    models = [each for each in get_args(field.annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
+    return models[0] if field.annotation == list[tuple(models)] else None  # type: ignore[misc]
+
+
+def _returns_pages_as_made(endpoint: Callable[..., Any]) -> bool:
+    """Say whether all that an endpoint does with `paginate` is to return what it gives; read in its source."""
+    try:
+        [function] = ast.parse(dedent(inspect.getsource(endpoint))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or hasattr(endpoint, "__wrapped__"):
+        return False
+    names = {name for name, value in _names_in(endpoint).items() if value is paginate} | {paginate.__name__}
+    mentioned = [node for node in ast.walk(function) if _name_of(node) in names]
+    returned = [each.value.value if isinstance(each.value, ast.Await) else each.value for each in _returns(function)]
+    called = [node.func for node in returned if isinstance(node, ast.Call)]
+    return bool(mentioned) and all(node in called for node in mentioned)
+
+
+def _returns(function: ast.AST) -> Iterator[ast.Return]:
+    """Yield the `return` statements of a function, without those of functions inside it."""
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.Return):
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+            yield from _returns(node)
+
+
+def _name_of(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    return node.attr if isinstance(node, ast.Attribute) else None
+
+
+def _names_in(function: Any) -> dict[str, Any]:
+    variables = inspect.getclosurevars(function)
+    return {**variables.globals, **variables.nonlocals}
+
+
+def _public_path(request: Request) -> str:
+    """Return the request's path with what a proxy has taken from its front (ASGI's root path)."""
+    path: str = request.scope["path"]
+    root: str = request.scope.get("root_path", "").rstrip("/")
+    return path if path.startswith(f"{root}/") else root + path
+
+
+def _link(context: RequestContext, asked: Asked, found: Found) -> None:
+    # Where the endpoint has made up other parameters, nobody knows how to ask for its neighbours.
+    if asked.settings.link_header and asked.params in (None, found.params):
+        value = link_header(asked.path, context.query, found, asked.settings.max_offset)
+        context.response.headers["link"] = value
 
 
 def _binding(context: RequestContext | None) -> bytes:
-    """Bind a cursor to everything in the request's address but the cursor and the size."""
+    """Bind a cursor to the style of the page, and to all of the request's address but the cursor and the size."""
     if context is None:
         return b""
     parameters = parse_qsl(context.query, keep_blank_values=True)
     filters = sorted(pair for pair in parameters if pair[0] not in ("cursor", "size"))
-    return blake2b(msgspec.msgpack.encode((context.path, filters)), digest_size=16).digest()
+    return blake2b(msgspec.msgpack.encode((context.path, context.page_style, filters)), digest_size=16).digest()

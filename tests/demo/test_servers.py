@@ -61,7 +61,7 @@ def test_postgres_answers_and_is_gone_afterwards(server_directory: Path) -> None
         )
         with psycopg.connect(url) as connection:
             assert connection.execute("SELECT 6 * 7").fetchone() == (42,)
-            assert connection.execute("SHOW max_connections").fetchone() == ("60",)
+            assert connection.execute("SHOW max_connections").fetchone() == ("200",)
             assert connection.execute("SHOW server_encoding").fetchone() == ("UTF8",)
         pid = _pid(server_directory)
         assert _is_running(pid)

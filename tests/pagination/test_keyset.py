@@ -1,4 +1,4 @@
-"""The plan against a plain sort, in Python."""
+"""The ranges against a plain sort, in Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overdrive.pagination.keyset import Key, Plan, Term, after, reverse
+from overdrive.pagination.keyset import Key, Range, after, reverse
 
 keys = st.lists(st.builds(Key, st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=3)
 
@@ -24,23 +24,27 @@ def _compare(keys: list[Key], one: tuple[Any, ...], other: tuple[Any, ...]) -> i
     return 0
 
 
-def _holds(term: Term, row: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
-    own, value = row[term.key], values[term.key]
-    match term.operator:
+def _selected(found: Range, row: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    if row[: found.start] != values[: found.start]:
+        return False
+    own, beyond = row[found.start : found.end], values[found.start : found.end]
+    match found.operator:
         case "is_null":
-            return own is None
+            return own == (None,)
         case "is_not_null":
-            return own is not None
-        case "eq":
-            return own is not None and own == value
-        case "lt":
-            return own is not None and own < value
-        case "gt":
-            return own is not None and own > value
+            return own != (None,)
+        case operator:
+            return _row_is_beyond(own, beyond, operator) is True
 
 
-def _selected(plan: Plan, row: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
-    return any(all(_holds(term, row, values) for term in terms) for terms in plan.alternatives)
+def _row_is_beyond(own: tuple[Any, ...], values: tuple[Any, ...], operator: str) -> bool | None:
+    """Compare rows as SQL does: pair by pair, unknown at the first NULL."""
+    for one, other in zip(own, values, strict=True):
+        if one is None or other is None:
+            return None
+        if one != other:
+            return bool(one < other if operator == "lt" else one > other)
+    return False
 
 
 @st.composite
@@ -50,16 +54,16 @@ def _orders(draw: st.DrawFn) -> tuple[list[Key], list[tuple[Any, ...]]]:
     return order, draw(st.lists(row, min_size=1, max_size=12))
 
 
-@given(_orders())
-def test_the_plan_selects_what_sorts_after(case: tuple[list[Key], list[tuple[Any, ...]]]) -> None:
+@given(_orders(), st.booleans())
+def test_the_ranges_are_what_sorts_after_nearest_first(
+    case: tuple[list[Key], list[tuple[Any, ...]]], row_values: bool
+) -> None:
     order, rows = case
+    rows = sorted(rows, key=cmp_to_key(lambda a, b: _compare(order, a, b)))
     for values in rows:
-        plan = after(order, values)
-        for row in rows:
-            sorts_after = _compare(order, row, values) > 0
-            assert _selected(plan, row, values) == sorts_after
-            if plan.row_value is not None:
-                assert (row > values if plan.row_value == "gt" else row < values) == sorts_after
+        ranges = after(order, values, row_values=row_values)
+        walked = [row for found in ranges for row in rows if _selected(found, row, values)]
+        assert walked == [row for row in rows if _compare(order, row, values) > 0]
 
 
 @given(_orders())
@@ -71,21 +75,27 @@ def test_reverse_sorts_the_other_way(case: tuple[list[Key], list[tuple[Any, ...]
 
 
 ASC, DESC = Key(False, False, False), Key(True, False, False)
+NULLS_FIRST, NULLS_LAST = Key(False, True, True), Key(False, False, True)
 
 
 @pytest.mark.parametrize(
     ("order", "values", "expected"),
     [
-        ([ASC, ASC], (1, 1), "gt"),
-        ([DESC, DESC], (1, 1), "lt"),
-        ([ASC, DESC], (1, 1), None),
-        ([ASC, Key(False, False, True)], (1, 1), None),
-        ([ASC, ASC], (1, None), None),
+        ([ASC, ASC], (1, 1), [(0, 2, "gt")]),
+        ([DESC, DESC, DESC], (1, 1, 1), [(0, 3, "lt")]),
+        ([ASC, DESC], (1, 1), [(1, 2, "lt"), (0, 1, "gt")]),
+        ([ASC, DESC, DESC], (1, 1, 1), [(1, 3, "lt"), (0, 1, "gt")]),
+        ([ASC, NULLS_FIRST], (1, 1), [(0, 2, "gt")]),
+        ([ASC, NULLS_LAST], (1, 1), [(1, 2, "gt"), (1, 2, "is_null"), (0, 1, "gt")]),
+        ([NULLS_LAST, ASC], (1, 1), [(0, 2, "gt"), (0, 1, "is_null")]),
+        ([NULLS_LAST, ASC], (None, 1), [(1, 2, "gt")]),
+        ([NULLS_FIRST, ASC], (None, 1), [(1, 2, "gt"), (0, 1, "is_not_null")]),
+        ([NULLS_LAST], (None,), []),
     ],
 )
-def test_a_row_value_needs_one_direction_and_no_nulls(order: list[Key], values: tuple[Any, ...], expected: Any) -> None:
-    assert after(order, values).row_value == expected
+def test_as_few_ranges_as_an_index_has(order: list[Key], values: tuple[Any, ...], expected: list[Any]) -> None:
+    assert after(order, values, row_values=True) == expected
 
 
-def test_nothing_comes_after_a_null_that_sorts_last() -> None:
-    assert after([Key(False, False, True)], (None,)).alternatives == ()
+def test_without_row_values_each_key_has_a_range() -> None:
+    assert after([ASC, ASC], (1, 1), row_values=False) == [(1, 2, "gt"), (0, 1, "gt")]

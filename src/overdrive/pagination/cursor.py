@@ -64,14 +64,15 @@ def encode(values: Sequence[object], types: Sequence[type], *, backward: bool, b
     return cursor
 
 
-def decode(cursor: str, types: Sequence[type], *, binding: bytes, key: bytes) -> Position:
+def decode(cursor: str, types: Sequence[type], *, binding: bytes, keys: Sequence[bytes]) -> Position:
     """Return the position `encode` was given.
 
-    types, binding, key: what they were when the cursor was made.
+    types, binding: what they were when the cursor was made.
+    keys: secrets, any of which may have signed it.
 
     Raises `InvalidCursorError` for every other string, and no other exception.
     """
-    payload = _verified(cursor, binding, key)
+    payload = _verified(cursor, binding, keys)
     try:
         backward, *wire = msgspec.msgpack.decode(payload)
         # No values at all is an end of the walk; otherwise there is one a key.
@@ -82,16 +83,17 @@ def decode(cursor: str, types: Sequence[type], *, binding: bytes, key: bytes) ->
         raise InvalidCursorError("The cursor was made for other order keys: start at the first page.") from error
 
 
-def _verified(cursor: str, binding: bytes, key: bytes) -> bytes:
+def _verified(cursor: str, binding: bytes, keys: Sequence[bytes]) -> bytes:
     try:
         raw = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)) if len(cursor) <= MAX_LENGTH else b""
     except ValueError:
         raw = b""
     tag, payload = raw[:_TAG_SIZE], raw[_TAG_SIZE:]
     # The decoder ignores foreign characters and the last one's spare bits: only the canonical text will do.
-    if not hmac.compare_digest(tag, _tag(payload, binding, key)) or _text(raw) != cursor:
+    signed = any(hmac.compare_digest(tag, _tag(payload, binding, key)) for key in keys)
+    if not signed or _text(raw) != cursor:
         raise InvalidCursorError(
-            "The cursor is damaged, or was made for another route, order or filter: start at the first page."
+            "The cursor is damaged or expired, or was made for another route, order or filter: start at the first page."
         )
     return payload
 

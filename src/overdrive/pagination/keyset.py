@@ -1,6 +1,7 @@
 """Which rows come strictly after a position, for any order, with NULLs where they sort.
 
-The answer is a plan, in terms of keys by their number, that any query language can be written from.
+The answer is a list of ranges, in terms of keys by their number, that any query language can be written from. Each
+range is one that an index in this order holds in one piece, in this order.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Operator = Literal["eq", "lt", "gt", "is_null", "is_not_null"]
+Operator = Literal["lt", "gt", "is_null", "is_not_null"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +27,16 @@ class Key:
     nullable: bool
 
 
-class Term(NamedTuple):
-    """A comparison of the key numbered `key` with that key's value at the position."""
+class Range(NamedTuple):
+    """Rows that equal the position in the keys before `start`, and of which the keys up to `end` are beyond it.
 
-    key: int
-    operator: Operator
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The rows for which every term of one of the alternatives holds; without alternatives, no row.
-
-    row_value: the operator with which one comparison of all keys as a row says the same (SQL:1992, 8.2),
-        where there is one.
+    operator: how the keys from `start` to before `end` compare with their values at the position: as a row where
+        there are several (SQL:1992, 8.2), and then none of the values is NULL.
     """
 
-    alternatives: tuple[tuple[Term, ...], ...]
-    row_value: Literal["lt", "gt"] | None
+    start: int
+    end: int
+    operator: Operator
 
 
 def reverse(keys: Sequence[Key]) -> list[Key]:
@@ -50,29 +44,36 @@ def reverse(keys: Sequence[Key]) -> list[Key]:
     return [Key(not key.descending, not key.nulls_first, key.nullable) for key in keys]
 
 
-def after(keys: Sequence[Key], values: Sequence[object]) -> Plan:
-    """Plan the rows strictly after the one with these values.
+def after(keys: Sequence[Key], values: Sequence[object], *, row_values: bool) -> list[Range]:
+    """Return the ranges of rows strictly after the one with these values, the nearest first.
 
-    Each alternative is equal on some leading keys and later on the next one.
+    No two have a row in common, and every row of one comes before all of the next.
+
+    row_values: whether a comparison of several keys as a row is one range of an index.
     """
-    alternatives: list[tuple[Term, ...]] = []
-    equal: tuple[Term, ...] = ()
-    for number, (key, value) in enumerate(zip(keys, values, strict=True)):
-        alternatives += [(*equal, Term(number, operator)) for operator in _later(key, value)]
-        equal = (*equal, Term(number, "is_null" if value is None else "eq"))
-    return Plan(tuple(alternatives), _row_value(keys, values))
+    ranges = []
+    end = len(keys)
+    for number in reversed(range(len(keys))):
+        if row_values and number > 0 and _is_one_row(keys, values, number):
+            continue
+        key, value = keys[number], values[number]
+        if value is not None:
+            ranges.append(Range(number, end, "lt" if key.descending else "gt"))
+            if key.nullable and not key.nulls_first:
+                ranges.append(Range(number, number + 1, "is_null"))
+        elif key.nulls_first:
+            ranges.append(Range(number, number + 1, "is_not_null"))
+        end = number
+    return ranges
 
 
-def _later(key: Key, value: object) -> list[Operator]:
-    if value is None:
-        return ["is_not_null"] if key.nulls_first else []
-    beyond: Operator = "lt" if key.descending else "gt"
-    return [beyond, "is_null"] if key.nullable and not key.nulls_first else [beyond]
-
-
-def _row_value(keys: Sequence[Key], values: Sequence[object]) -> Literal["lt", "gt"] | None:
-    uniform = len({key.descending for key in keys}) == 1
-    # A comparison with a NULL in it is unknown, not false or true.
-    if not uniform or any(key.nullable for key in keys) or any(value is None for value in values):
-        return None
-    return "lt" if keys[0].descending else "gt"
+def _is_one_row(keys: Sequence[Key], values: Sequence[object], number: int) -> bool:
+    """Say whether one comparison of this key and the one before it, as a row, finds what is beyond either."""
+    before, key = keys[number - 1], keys[number]
+    # A comparison with a NULL in it is unknown, so it leaves out NULLs: rightly so where they come first.
+    return (
+        before.descending == key.descending
+        and values[number - 1] is not None
+        and values[number] is not None
+        and (key.nulls_first or not key.nullable)
+    )

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
+    JSON,
     REAL,
     Column,
     CompoundSelect,
     Double,
     Float,
+    Interval,
     Join,
     Label,
     Numeric,
     Select,
     Table,
+    Text,
+    TypeDecorator,
     cast,
     type_coerce,
 )
@@ -53,11 +57,13 @@ _NULLS_LARGEST = {"postgresql": True, "sqlite": False}
 class Sort:
     """One order key.
 
-    expression: what is compared, as `_exact` types it.
-    python_type: as `cursor.encode` wants it.
+    expression: what is ordered and compared, as `_exact` types it.
+    selected: what is read of it for a cursor; mostly itself.
+    python_type: of what is read, as `cursor.encode` wants it.
     """
 
     expression: ColumnElement[Any]
+    selected: ColumnElement[Any]
     python_type: type
     key: keyset.Key
 
@@ -152,7 +158,15 @@ def _sort(
         nulls_first = default_nulls_first(descending, dialect_name)
     key = keyset.Key(descending, nulls_first, _is_nullable(expression, tables))
     exact = _exact(expression, dialect_name)
-    return Sort(exact, _python_type(exact.type), key)
+    selected = cast(exact, exact.type.impl) if isinstance(exact.type, _Recast) else exact
+    python_type = _python_type(exact.type)
+    # A JSON null would be taken for the NULL that it is not.
+    if isinstance(exact.type, JSON) or issubclass(python_type, list):
+        raise PageError(
+            f"ORDER BY {expression} puts a {type(exact.type).__name__} into the cursor: order by something in it, as "
+            'in column["key"].as_string(), or by cast() of it to a plain type.'
+        )
+    return Sort(exact, selected, python_type, key)
 
 
 def default_nulls_first(descending: bool, dialect_name: str) -> bool:
@@ -180,14 +194,40 @@ class _Stored(UserDefinedType[Any]):
     cache_ok = True
 
 
+class _Recast(TypeDecorator[Any]):
+    """A value that is read as another type, exactly, and cast back where it is compared, so that an index serves."""
+
+
+class _Single(_Recast):
+    """Drivers differ in whether they read single precision as the shortest decimal or as what it is."""
+
+    impl = Double
+    cache_ok = True
+
+    def bind_expression(self, bindparam: Any) -> ColumnElement[Any]:
+        return cast(bindparam, REAL)
+
+
+class _Span(_Recast):
+    """Drivers read a year as 365 days; where PostgreSQL compares it, it has 360."""
+
+    impl = Text
+    cache_ok = True
+
+    def bind_expression(self, bindparam: Any) -> ColumnElement[Any]:
+        return cast(bindparam, Interval)
+
+
 def _exact(expression: ColumnElement[Any], dialect_name: str) -> ColumnElement[Any]:
     """Return the expression so typed that its values come back to the database as they were."""
     type_ = expression.type
     if dialect_name == "sqlite":
         return type_coerce(expression, _Stored())
     if isinstance(type_, Float) and (isinstance(type_, REAL) or (type_.precision or 53) < 25):
-        # Drivers differ in whether they read single precision as the shortest decimal or as what it is.
-        return cast(expression, Double())
+        # What is calculated of single precision may have become double.
+        return type_coerce(expression, _Single()) if isinstance(expression, Column) else cast(expression, Double())
+    if type_._type_affinity is Interval:
+        return type_coerce(expression, _Span())
     # A Float read as Decimal, and a Numeric read as float, come back rounded.
     if isinstance(type_, Float) and type_.asdecimal:
         return type_coerce(expression, Float())
@@ -213,8 +253,10 @@ def order_text(sorts: list[Sort]) -> str:
 
 def _sort_text(sort: Sort) -> str:
     compiled = sort.expression.compile()
-    collation = getattr(sort.expression.type, "collation", None)
-    return f"{compiled} {compiled.params} {collation} {sort.python_type.__name__} {sort.key}"
+    type_ = sort.expression.type
+    # Whatever a deployment may change of a type that would make a value of before an error in the database.
+    declared = type(type_).__name__, getattr(type_, "collation", None), getattr(type_, "enums", None)
+    return f"{compiled} {compiled.params} {declared} {sort.python_type.__name__} {sort.key}"
 
 
 # What tells rows apart

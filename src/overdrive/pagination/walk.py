@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from typing import Any
 
-from sqlalchemy import (
-    Select,
-    and_,
-    false,
-    literal,
-    or_,
-    tuple_,
-)
+from pydantic import BaseModel
+from sqlalchemy import BindParameter, Integer, Select, bindparam, tuple_
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import (
@@ -21,6 +19,7 @@ from sqlalchemy.sql.elements import (
     Over,
 )
 from sqlalchemy.sql.selectable import SelectBase
+from sqlalchemy.sql.visitors import iterate
 
 from overdrive.errors import PageError
 
@@ -28,38 +27,72 @@ from . import keyset
 from .cursor import Position, decode, encode
 from .order import Sort, default_nulls_first, is_distinct_on, order_text, sorts_of
 from .page import CursorPage, CursorParams
-from .select import Steps, items_of, pageable, unique, width_of
+from .projection import Projection, projected
+from .recipe import Query, Recipes
+from .select import Steps, items_of, once, pageable, unique, width_of
 
 _KEY_LABEL = "overdrive_key_"
+_AT = "overdrive_at_"
+_LIMIT = "overdrive_limit"
+
+
+def _never(_class: type) -> bool:
+    return False
 
 
 def cursor_page(
-    stmt: Executable, params: CursorParams, *, dialect_name: str, binding: bytes, key: bytes
+    stmt: Executable,
+    params: CursorParams,
+    *,
+    recipes: Recipes,
+    dialect_name: str,
+    binding: bytes,
+    keys: Sequence[bytes],
+    model: type[BaseModel] | None = None,
+    adds_nothing: Callable[[type], bool] = _never,
 ) -> Steps[CursorPage[Any]]:
-    """Make the page next to a position, in one statement.
+    """Make the page next to a position, with as many statements as it takes to fill it.
 
     stmt: a `select()` without LIMIT. Its ORDER BY, made unique by the primary keys of what it selects from,
-        is the order of the walk.
+        is the order of the walk. A select of one entity has each row of it once, whatever it is joined to.
+    recipes: remembers what is made of statements of the same shape.
     dialect_name: SQLAlchemy's name of the database's dialect.
     binding: the route and the filters the cursor is for; the order is added to it here.
-    key: the secret that signs cursors.
+    keys: the secrets of cursors: the first signs, each is accepted.
+    model: what nothing but reads the items, if it is known: where it needs but columns of an entity, the items may be
+        rows of these columns.
+    adds_nothing: says whether reading rows of a class through the session is no more than sending the statement.
 
     Raises `PageError` where the statement cannot be walked, `InvalidCursorError` where the cursor is not one
     that this route, order and filter have given out.
     """
-    stmt = walkable(stmt)
-    sorts = sorts_of(stmt, dialect_name)
-    types = [sort.python_type for sort in sorts]
-    binding = binding + b"\0" + order_text(sorts).encode()
-    position = Position()
-    if params.cursor is not None:
-        position = decode(params.cursor, types, binding=binding, key=key)
+    walk, given = recipes.made(stmt, (dialect_name, model), partial(Walk.of, dialect_name=dialect_name, model=model))
+    types, binding = walk.types, binding + walk.bound(given)
+    match params.cursor:
+        case None:
+            position = Position()
+        # No signed cursor is as short.
+        case "last":
+            position = Position(backward=True)
+        case cursor:
+            position = decode(cursor, types, binding=binding, keys=keys)
 
-    result = yield _walk(stmt, sorts, position, dialect_name).limit(params.size + 1)
-    width = width_of(stmt)
-    frozen = unique(result).freeze()
-    values = [tuple(row)[-len(sorts) :] for row in frozen()]
-    items = items_of(list(frozen().columns(*range(width))), width)
+    is_projected = walk.projection is not None and adds_nothing(walk.projection.class_)
+    given |= {f"{_AT}{number}": value for number, value in enumerate(position.values)}
+    items: list[Any] = []
+    values: list[tuple[Any, ...]] = []
+    for template in walk.templates(position, is_projected):
+        result = yield Query(template, given | {_LIMIT: params.size + 1 - len(items)}, is_projected)
+        if is_projected:
+            rows = [walk.row_type._make(row) for row in result]
+            values += rows
+            items += rows
+        else:
+            frozen = unique(result).freeze()
+            values += frozen()
+            items += items_of(list(frozen().columns(*range(walk.width))), walk.width)
+        if len(items) > params.size:
+            break
 
     # One more row than asked for says that there is something beyond.
     beyond = len(items) > params.size
@@ -68,15 +101,63 @@ def cursor_page(
         items.reverse()
         values.reverse()
 
-    def cursor(backward: bool) -> str | None:
+    def towards(backward: bool) -> str | None:
         if not (beyond if backward == position.backward else position.values):
             return None
-        edge = values[0 if backward else -1] if values else ()
-        return encode(edge, types if edge else (), backward=backward, binding=binding, key=key)
+        edge = tuple(values[0 if backward else -1][-len(types) :]) if values else ()
+        return encode(edge, types if edge else (), backward=backward, binding=binding, key=keys[0])
 
     return CursorPage.model_construct(
-        items=items, next_cursor=cursor(False), prev_cursor=cursor(True), size=params.size
+        items=items, next_cursor=towards(False), prev_cursor=towards(True), size=params.size
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What is made once of all statements of one shape."""
+
+    stmt: Select[Any]
+    dialect_name: str
+    sorts: list[Sort]
+    types: list[type]
+    #: A digest of the order but the values of its parameters, and their names.
+    order: bytes
+    order_names: list[str]
+    width: int
+    projection: Projection | None
+    row_type: Any
+    _templates: dict[Hashable, list[Select[Any]]]
+
+    @classmethod
+    def of(cls, stmt: Executable, dialect_name: str, model: type[BaseModel] | None) -> Walk:
+        """Take a statement apart; raises `PageError` where it cannot be walked."""
+        stmt = walkable(once(stmt))
+        sorts = sorts_of(stmt, dialect_name)
+        order = blake2b(order_text(sorts).encode(), digest_size=16).digest()
+        parts = [part for sort in sorts for part in iterate(sort.expression)]
+        order_names = [part.key for part in parts if isinstance(part, BindParameter)]
+        projection = projected(stmt, model) if model is not None else None
+        names = [*projection.columns, *(f"{_KEY_LABEL}{number}" for number in range(len(sorts)))] if projection else []
+        types = [sort.python_type for sort in sorts]
+        row_type = namedtuple("Row", names)  # type: ignore[misc]  # its fields are known only here
+        return cls(stmt, dialect_name, sorts, types, order, order_names, width_of(stmt), projection, row_type, {})
+
+    def bound(self, given: Mapping[str, Any]) -> bytes:
+        """Return what binds a cursor to this order, where its parameters have the given values."""
+        return self.order + repr([given.get(name) for name in self.order_names]).encode()
+
+    def templates(self, position: Position, is_projected: bool) -> list[Select[Any]]:
+        """Return the statements of the walk from a position, with names where its values and the limit go."""
+        shape = (is_projected, position.backward, *(value is None for value in position.values))
+        templates = self._templates.get(shape)
+        if templates is None:
+            stmt = self.stmt
+            if is_projected and self.projection is not None:
+                stmt = stmt.with_only_columns(*self.projection.columns.values())
+            limit = bindparam(_LIMIT, type_=Integer())
+            each = statements(stmt, self.sorts, position, self.dialect_name)
+            templates = self._templates[shape] = [statement.limit(limit) for statement in each]
+        return templates
 
 
 def walkable(stmt: Executable) -> Select[Any]:
@@ -106,20 +187,35 @@ def _has_window(element: Any) -> bool:
     return not isinstance(element, (SelectBase, ColumnClause)) and any(map(_has_window, element.get_children()))
 
 
-# The statement of one page of a walk
+# The statements of a walk
 
 
-def _walk(stmt: Select[Any], sorts: list[Sort], position: Position, dialect_name: str) -> Select[Any]:
+def statements(stmt: Select[Any], sorts: list[Sort], position: Position, dialect_name: str) -> Iterator[Select[Any]]:
+    """Yield the statements whose rows, one statement after the other, are those of the walk from `position` on.
+
+    Each is `stmt` in the walk's direction, with its order keys as the last columns, and within what an index in
+    this order holds in one piece: sent one by one, each keeps whatever a team hangs on `stmt` or on its session.
+    """
     keys = [sort.key for sort in sorts]
     if position.backward:
         keys = keyset.reverse(keys)
-    if position.values:
-        criterion = _after(sorts, keys, position.values)
+    columns = [sort.selected.label(f"{_KEY_LABEL}{number}") for number, sort in enumerate(sorts)]
+    # By its label where that is the same, or DISTINCT and GROUP BY would not know an expression with parameters.
+    ordered = [
+        column if sort.selected is sort.expression else sort.expression
+        for column, sort in zip(columns, sorts, strict=True)
+    ]
+    order = [_directed(column, key, dialect_name) for column, key in zip(ordered, keys, strict=True)]
+    walked = stmt.add_columns(*columns).order_by(None).order_by(*order)
+    if not position.values:
+        yield walked
+        return
+    expressions = [sort.expression for sort in sorts]
+    # SQLite leaves a rowid, which most primary keys are, out of the range: it would read all ties before it.
+    for range_ in keyset.after(keys, position.values, row_values=dialect_name != "sqlite"):
+        criteria = _within(range_, expressions, position.values)
         # Groups are compared once they are made: an order by an aggregate, too.
-        stmt = stmt.having(criterion) if stmt._group_by_clauses else stmt.where(criterion)
-    columns = [sort.expression.label(f"{_KEY_LABEL}{number}") for number, sort in enumerate(sorts)]
-    order = [_directed(column, key, dialect_name) for column, key in zip(columns, keys, strict=True)]
-    return stmt.add_columns(*columns).order_by(None).order_by(*order)
+        yield walked.having(*criteria) if stmt._group_by_clauses else walked.where(*criteria)
 
 
 def _directed(column: ColumnElement[Any], key: keyset.Key, dialect_name: str) -> ColumnElement[Any]:
@@ -130,32 +226,26 @@ def _directed(column: ColumnElement[Any], key: keyset.Key, dialect_name: str) ->
     return directed.nulls_first() if key.nulls_first else directed.nulls_last()
 
 
-def _after(sorts: list[Sort], keys: list[keyset.Key], values: tuple[Any, ...]) -> ColumnElement[bool]:
-    plan = keyset.after(keys, values)
-    expressions = [sort.expression for sort in sorts]
-    if plan.row_value is not None:
-        # Each value with its key's type: asyncpg asks for one to prepare the statement.
-        bound = [literal(value, column.type) for value, column in zip(values, expressions, strict=True)]
-        return _COMPARE[plan.row_value](tuple_(*expressions), tuple_(*bound))
-    return or_(
-        false(),
-        *(
-            and_(*(_comparison(term, expressions[term.key], values[term.key]) for term in terms))
-            for terms in plan.alternatives
-        ),
-    )
-
-
-_COMPARE: dict[str, Callable[[Any, Any], ColumnElement[bool]]] = {
-    "eq": operators.eq,
-    "lt": operators.lt,
-    "gt": operators.gt,
-}
-
-
-def _comparison(term: keyset.Term, expression: ColumnElement[Any], value: Any) -> ColumnElement[bool]:
-    if term.operator == "is_null":
-        return expression.is_(None)
-    if term.operator == "is_not_null":
-        return expression.is_not(None)
-    return _COMPARE[term.operator](expression, literal(value, expression.type))
+def _within(
+    range_: keyset.Range, expressions: Sequence[ColumnElement[Any]], values: Sequence[Any]
+) -> list[ColumnElement[bool]]:
+    # Each value with its key's type: asyncpg asks for one to prepare the statement.
+    bound = [
+        bindparam(f"{_AT}{number}", value, type_=expression.type)
+        for number, (value, expression) in enumerate(zip(values, expressions, strict=True))
+    ]
+    equal = [
+        expressions[number].is_(None) if values[number] is None else expressions[number] == bound[number]
+        for number in range(range_.start)
+    ]
+    beyond = expressions[range_.start : range_.end]
+    match range_.operator:
+        case "is_null":
+            return [*equal, beyond[0].is_(None)]
+        case "is_not_null":
+            return [*equal, beyond[0].is_not(None)]
+        case operator:
+            compare = operators.lt if operator == "lt" else operators.gt
+            if len(beyond) == 1:
+                return [*equal, compare(beyond[0], bound[range_.start])]
+            return [*equal, compare(tuple_(*beyond), tuple_(*bound[range_.start : range_.end]))]

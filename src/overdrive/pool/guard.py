@@ -42,7 +42,8 @@ class SendGuard:
         if message["type"] == "http.response.start" and self._context.work:
             try:
                 for unit in self._context.work:
-                    await to_the_end(unit.end(message["status"]))
+                    if not unit.settle(message["status"]):
+                        await to_the_end(unit.end(message["status"]))
             except Exception as error:
                 self._failed = True
                 raise CommitFailed(error) from error

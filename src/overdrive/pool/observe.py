@@ -240,7 +240,7 @@ class Observation:
     def _committing(self, commit: Callable[..., None]) -> Callable[..., None]:
         def do_commit(connection: Any, *args: Any, **kwargs: Any) -> None:
             transaction = _transaction_of(_info_of(connection))
-            if self._is_idle(connection):
+            if is_idle(self.engine, connection):
                 return
             try:
                 with self._announced(transaction):
@@ -258,7 +258,7 @@ class Observation:
     def _rolling_back(self, rollback: Callable[..., None]) -> Callable[..., None]:
         def do_rollback(connection: Any) -> None:
             transaction = _transaction_of(_info_of(connection))
-            if not self._is_idle(connection):
+            if not is_idle(self.engine, connection):
                 rollback(connection)
             transaction.end()
 
@@ -301,10 +301,6 @@ class Observation:
 
         return checkout
 
-    def _is_idle(self, connection: Any) -> bool:
-        """Say whether SQLite has no transaction open: for aiosqlite, ending none is a trip to its thread."""
-        return bool(self.engine.dialect.driver == "aiosqlite" and not connection.driver_connection.in_transaction)
-
     def _checkin(self, dbapi_connection: Any, record: Any) -> None:
         transaction = record.info.get(_KEY)
         if transaction is None:
@@ -341,6 +337,24 @@ async def _tell(announced: Announced, outcome: Outcome) -> None:
     for result in await asyncio.gather(*told, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
+
+
+#: Whether a driver's connection has no transaction open; none of them asks the database.
+_IDLE: dict[str, Callable[[Any], bool]] = {
+    "aiosqlite": lambda connection: not connection.in_transaction,
+    "asyncpg": lambda connection: not connection.is_in_transaction(),
+    "psycopg": lambda connection: connection.pgconn.transaction_status == 0,
+    "psycopg_async": lambda connection: connection.pgconn.transaction_status == 0,
+}
+
+
+def is_idle(engine: Engine, connection: Any) -> bool:
+    """Say whether ending the transaction of a pooled connection would end nothing.
+
+    With aiosqlite that would be a trip to its thread, and with psycopg one to its lock.
+    """
+    idle = _IDLE.get(engine.dialect.driver)
+    return idle is not None and idle(connection.driver_connection)
 
 
 _KEY = "overdrive"

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from overdrive.errors import SessionEndedError
 
 from .engine import capacity_of
+from .observe import is_idle
 from .tasks import to_the_end
 
 logger = logging.getLogger("overdrive")
@@ -26,6 +27,7 @@ logger = logging.getLogger("overdrive")
 CommitOn = Callable[[int], bool]
 
 _ENDED = "overdrive_ended"
+_CONNECTIONS = "overdrive_connections"
 
 
 def successful(status: int) -> bool:
@@ -45,6 +47,7 @@ class Sessions:
         self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), {})}
         self._maker = maker
         event.listen(self._options["sync_session_class"], "after_transaction_create", _refuse_after_end)
+        event.listen(self._options["sync_session_class"], "after_begin", _note_connection)
 
     @classmethod
     def of(cls, engine: AsyncEngine, session_class: type[AsyncSession] = AsyncSession) -> Sessions:
@@ -151,6 +154,31 @@ def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None
         )
 
 
+def _note_connection(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    session.info.setdefault(_CONNECTIONS, []).append(connection)
+
+
+def _ends_without_waiting(session: Session) -> bool:
+    """Say whether committing and closing a session would ask the database for nothing and run no code of a team's."""
+    return (
+        not session.new
+        and not session.dirty
+        and not session.deleted
+        and not session.dispatch.before_commit
+        and not session.dispatch.after_commit
+        and all(map(_returns_without_waiting, session.info.get(_CONNECTIONS, ())))
+    )
+
+
+def _returns_without_waiting(connection: Connection) -> bool:
+    if connection.closed:
+        return True
+    engine = connection.engine
+    # One beyond the pool's size is closed when it comes back, and psycopg's is taken out of autocommit, which waits.
+    kept = isinstance(engine.pool, QueuePool) and engine.pool.overflow() <= 0 and "psycopg" not in engine.dialect.driver
+    return kept and not connection.invalidated and is_idle(engine, connection.connection)
+
+
 class AsyncWork:
     """An async session, and when what it did is kept. `end` and `abandon` act once, whichever comes first."""
 
@@ -158,6 +186,16 @@ class AsyncWork:
         self.session = session
         self._commit_on = commit_on
         self._over = False
+
+    def settle(self, status: int) -> bool:
+        """Do what `end` would, where that waits for nothing, as after plain reads; say whether it was done."""
+        session = self.session.sync_session
+        if self._over or not _ends_without_waiting(session):
+            return False
+        self._over = True
+        session.info[_ENDED] = True
+        session.close()
+        return True
 
     async def end(self, status: int) -> None:
         """Commit or roll back as the status asks; raises what the commit raises, with nothing kept."""
@@ -199,6 +237,10 @@ class SyncWork:
         self._commit_on = commit_on
         self._leave = leave
         self._over = False
+
+    def settle(self, status: int) -> bool:
+        """Threads end it."""
+        return False
 
     async def end(self, status: int) -> None:
         """Commit or roll back as the status asks; raises what the commit raises, with nothing kept."""
@@ -246,25 +288,51 @@ def _ending_threads() -> CapacityLimiter:
     return _limiters[loop]
 
 
-async def execute(session: AsyncSession, statement: Executable) -> Result[Any]:
-    """Send `statement` for an endpoint: the one way in which parts of Overdrive fetch rows.
-
-    It goes through the session, with everything a team hangs on it, and is observed at the cursor. A fetch that
-    bypasses the cursor reports the same statement through `Observation.started` and `Observation.finished`.
-    """
+async def execute(session: AsyncSession, statement: Executable, parameters: Any = None) -> Result[Any]:
+    """Send `statement` for an endpoint, through the session, with everything a team hangs on it."""
     if _is_discouraged(session):
-        return await session.run_sync(execute_sync, statement, execution_options={"prebuffer_rows": True})
-    return await session.execute(statement)
+        options = {"prebuffer_rows": True}
+        return await session.run_sync(execute_sync, statement, parameters, execution_options=options)
+    return await session.execute(statement, parameters)
 
 
-def execute_sync(session: Session, /, statement: Executable, **options: Any) -> Result[Any]:
+def execute_sync(session: Session, /, statement: Executable, parameters: Any = None, **options: Any) -> Result[Any]:
     """Send `statement` through a synchronous session; see `execute`."""
     send = type(session).execute
     if _is_discouraged(session):
         send = inspect.unwrap(send)
-    return send(session, statement, **options)
+    return send(session, statement, parameters, **options)
 
 
 def _is_discouraged(session: AsyncSession | Session) -> bool:
     """Say whether the session warns of `execute`, as SQLModel's do, whose `exec` returns something else."""
     return hasattr(type(session).execute, "__deprecated__")
+
+
+async def fetch(session: AsyncSession, statement: Executable, parameters: Any) -> Result[Any]:
+    """Send a statement that selects columns on the session's connection, where `adds_nothing` allows it."""
+    return await session.run_sync(fetch_sync, statement, parameters)
+
+
+def fetch_sync(session: Session, statement: Executable, parameters: Any) -> Result[Any]:
+    """Send a statement through a synchronous session's connection; see `fetch`."""
+    return session.connection(bind_arguments={"clause": statement}).execute(statement, parameters)
+
+
+def adds_nothing(session: Session, class_: type) -> bool:
+    """Say whether reading rows of `class_` through the session is no more than sending the statement.
+
+    It is more where the session's class or its listeners take part, where it has options, where changes wait to be
+    flushed, and where it holds instances of the class, whose attributes it would not read again.
+    """
+    kind = type(session)
+    return (
+        kind.get_bind is Session.get_bind
+        and inspect.unwrap(kind.execute) is Session.execute
+        and not session.dispatch.do_orm_execute
+        and not getattr(session, "execution_options", None)
+        and not session.new
+        and not session.dirty
+        and not session.deleted
+        and not any(issubclass(key[0], class_) for key in session.identity_map.keys())  # noqa: SIM118 - not a dict
+    )

@@ -1,0 +1,1 @@
+"""The shapes and names of other libraries, for services that move here."""
