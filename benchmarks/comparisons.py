@@ -58,7 +58,7 @@ PLANS = [
             Rival("hand-written get_db", "plain_fastapi:service", "/users/4711"),
             Rival("Overdrive's SessionDep", "with_overdrive:service", "/users/4711", ours=True),
         ],
-        [],
+        [Claim("Overdrive's SessionDep", "hand-written get_db", 1.0)],
     ),
     Plan(
         "hit",
@@ -75,7 +75,10 @@ PLANS = [
             Rival("Litestar, Redis", "litestar_cache:redis", "/cached/4711"),
             Rival("Overdrive, Redis", "with_overdrive:service_on_redis", "/cached/4711", ours=True),
         ],
-        [],
+        [
+            Claim("Overdrive, memory", "cashews, memory", 1.0),
+            Claim("Overdrive, memory", "fastapi-cache2, memory", 1.2),
+        ],
     ),
     Plan(
         "page",
@@ -87,7 +90,10 @@ PLANS = [
             Rival("FastAPI on asyncpg", "fastapi_asyncpg:app", "/feed"),
             Rival("bare asyncpg + orjson", "bare_asyncpg:page", "/"),
         ],
-        [],
+        [
+            Claim("Overdrive CursorPage", "hand-written keyset", 1.0),
+            Claim("Overdrive CursorPage", "fastapi-pagination, no total", 1.5),
+        ],
     ),
     Plan(
         "total",
@@ -97,7 +103,7 @@ PLANS = [
             Rival("fastapi-pagination CursorPage", "fastapi_pagination_pages:app", "/cursor?size=50"),
             Rival("Overdrive Page", "with_overdrive:service", "/page?size=50", ours=True),
         ],
-        [],
+        [Claim("Overdrive Page", "fastapi-pagination Page", 1.0)],
     ),
     Plan(
         "log",

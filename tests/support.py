@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any
 
 import httpx2
 import sqlalchemy
+import uvicorn
 from fastapi import FastAPI
 from sqlalchemy import ForeignKey, Select, create_engine, make_url, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -130,6 +133,23 @@ async def client(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as http:
         yield http
+
+
+@contextmanager
+def on_uvicorn(app: FastAPI) -> Iterator[tuple[str, int]]:
+    """Serve the app on a socket, in a thread; yield its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 @contextmanager

@@ -9,11 +9,9 @@ import json
 import logging
 import re
 import socket
-import threading
-import time
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import Enum
@@ -25,7 +23,6 @@ import anyio.to_thread
 import httpx2
 import pytest
 import sqlalchemy
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from hypothesis import given
@@ -46,7 +43,7 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 from starlette.requests import ClientDisconnect
-from support import Answer, call, client, outside, recorded
+from support import Answer, call, client, on_uvicorn, outside, recorded
 
 from overdrive import (
     ConfigurationError,
@@ -725,22 +722,6 @@ async def test_an_error_of_the_first_batch_is_answered(url: str, database: sqlal
 
 class Low(BaseModel):
     id: int = Field(le=1_500)
-
-
-@contextmanager
-def on_uvicorn(app: FastAPI) -> Iterator[tuple[str, int]]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[:2]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def asked(address: tuple[str, int], path: str) -> socket.socket:

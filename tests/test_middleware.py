@@ -7,21 +7,19 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import uvicorn
 from fastapi import APIRouter, FastAPI, HTTPException, Request, WebSocket, WebSocketException
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import IntegrityError
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
-from support import Item, call, client, recorded, tables
+from support import Item, call, client, on_uvicorn, recorded, tables
 
 from overdrive import LogHandler, Overdrive, SessionDep, Settings, add_pagination, bind
 from overdrive.context import RequestContext, current
@@ -411,29 +409,13 @@ async def test_id_header_has_the_name_of_the_settings(sqlite_url: str) -> None:
 # On a socket
 
 
-@contextmanager
-def on_uvicorn(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 def test_on_a_socket_every_line_carries_the_id_of_its_response(sqlite_url: str, tmp_path: Path) -> None:
     handler = LogHandler(tmp_path / "log", level=logging.INFO)
     logging.root.addHandler(handler)
     level = logging.root.level
     logging.root.setLevel(logging.INFO)
     try:
-        with on_uvicorn(served(sqlite_url)) as address, httpx2.Client(base_url=address) as http:
+        with on_uvicorn(served(sqlite_url)) as (host, port), httpx2.Client(base_url=f"http://{host}:{port}") as http:
             # uvicorn cuts the connection of a request that raised: the next one must not meet it half closed.
             ok, broken = http.get("/ok/5"), http.get("/broken", headers={"connection": "close"})
             with http.stream("GET", "/endless") as endless:

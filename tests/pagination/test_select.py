@@ -11,8 +11,6 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sqlalchemy import (
     CHAR,
     REAL,
@@ -848,76 +846,6 @@ def test_times_as_the_database_writes_them_are_found_again(session: Session) -> 
     session.add_all(_samples()[::2])
     session.flush()
     assert len(_assert_walks(session, select(Sample).order_by(Sample.made), Sample.id, size=1)) == 6
-
-
-@st.composite
-def _cases(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[Any], int]:
-    row = st.fixed_dictionaries(
-        {
-            "a": st.none() | st.integers(0, 2),
-            "b": st.none() | st.sampled_from(["", "x", "X", "é"]),
-            "c": st.integers(0, 1),
-        }
-    )
-    rows = [{"id": i, **values} for i, values in enumerate(draw(st.lists(row, min_size=1, max_size=14)))]
-    expressions = [Thing.a, Thing.b, Thing.c, Thing.id, func.lower(Thing.b), func.coalesce(Thing.a, 1)]
-    order = []
-    for expression in draw(st.lists(st.sampled_from(expressions), max_size=3)):
-        directed = draw(st.sampled_from([expression, expression.asc(), expression.desc()]))
-        place = draw(st.sampled_from(["", "nulls_first", "nulls_last"]))
-        order.append(getattr(directed, place)() if place else directed)
-    return rows, order, draw(st.integers(1, 6))
-
-
-def _check_walk(engine: Engine, case_: tuple[list[dict[str, Any]], list[Any], int]) -> None:
-    rows, order, size = case_
-    with Session(engine) as session:
-        session.execute(insert(Thing), rows)
-        descending = bool(order) and " DESC" in str(order[-1])
-        _assert_walks(session, select(Thing).order_by(*order), Thing.id.desc() if descending else Thing.id, size=size)
-
-
-relaxed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=relaxed)
-@given(_cases())
-def test_any_walk_is_the_list_on_sqlite(lite: Engine, case_: Any) -> None:
-    _check_walk(lite, case_)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=relaxed)
-@given(_cases())
-def test_any_walk_is_the_list_on_postgresql(postgres: Engine, case_: Any) -> None:
-    _check_walk(postgres, case_)
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=relaxed)
-@given(_cases(), st.randoms(use_true_random=False))
-def test_writes_to_other_rows_neither_skip_nor_repeat(lite: Engine, case_: Any, generator: random.Random) -> None:
-    rows, order, size = case_
-    touched = [row["id"] for row in rows if row["id"] % 2]
-    with Session(lite) as session:
-        session.execute(insert(Thing), rows)
-        stmt = select(Thing.id).order_by(*order)
-        walked: list[int] = []
-        cursor, fresh = None, 1000
-        while True:
-            one = _cursor_page(session, stmt, cursor, size)
-            walked += one.items
-            assert len(walked) < 1000
-            if (cursor := one.next_cursor) is None:
-                break
-            for id_ in generator.sample(touched, min(2, len(touched))):
-                session.execute(delete(Thing).where(Thing.id == id_))
-                session.execute(insert(Thing), [{**generator.choice(rows), "id": id_}])
-            # The row the cursor was made from, too, may go.
-            gone = [id_ for id_ in touched if id_ in one.items[-1:]]
-            session.execute(delete(Thing).where(Thing.id.in_(gone)))
-            if fresh < 1010:
-                session.execute(insert(Thing), [{**generator.choice(rows), "id": (fresh := fresh + 1)}])
-        untouched = [row["id"] for row in rows if row["id"] % 2 == 0]
-        assert sorted(id_ for id_ in walked if id_ < 1000 and id_ % 2 == 0) == untouched
 
 
 # Ends
