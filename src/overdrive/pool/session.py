@@ -190,7 +190,7 @@ class AsyncWork:
     def settle(self, status: int) -> bool:
         """Do what `end` would, where that waits for nothing, as after plain reads; say whether it was done."""
         session = self.session.sync_session
-        if self._over or not _ends_without_waiting(session):
+        if self._over or (session.in_transaction() and not _ends_without_waiting(session)):
             return False
         self._over = True
         session.info[_ENDED] = True
