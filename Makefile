@@ -36,7 +36,7 @@ demo: $(VENV)/$(if $(SERVERS),.servers,.demo) ## serve the reference API (SERVER
 		$(if $(DATABASE_URL),--database-url '$(DATABASE_URL)') $(if $(REDIS_URL),--redis-url '$(REDIS_URL)')
 
 test: $(VENV)/.dev ## run the tests against real servers (ARGS= for pytest)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 soak: $(VENV)/.dev ## run what only time finds, for SECONDS= (600) in all
 	SOAK_SECONDS='$(SECONDS)' $(BIN)/python -m pytest tests/soak/soak_*.py $(ARGS)

@@ -57,7 +57,8 @@ def service(library: Any, url: str) -> FastAPI:
     """The same service, with either library."""
     app = FastAPI()
     engine = create_async_engine(url, poolclass=NullPool)
-    sync_engine = create_engine(url.replace("postgresql+asyncpg", "postgresql+psycopg").replace("+aiosqlite", ""))
+    plain_url = url.replace("postgresql+asyncpg", "postgresql+psycopg").replace("+aiosqlite", "")
+    sync_engine = create_engine(plain_url, poolclass=NullPool)
     items = select(Item).order_by(Item.id)
 
     @app.get("/page", response_model=library.Page[ItemOut])

@@ -189,7 +189,11 @@ async def function(db: SessionDep) -> list[str]:
     return list(await db.scalars(select(Item.name)))
 
 
-@pytest.mark.parametrize("endpoint", [undecided(function), Endpoint(), functools.partial(function)], ids=repr)
+@pytest.mark.parametrize(
+    "endpoint",
+    [undecided(function), Endpoint(), functools.partial(function)],
+    ids=["a decorated function", "an object", "a partial"],
+)
 async def test_whatever_is_awaited_may_be_an_endpoint(sqlite_url: str, database: Engine, endpoint: Any) -> None:
     app = FastAPI()
     overdrive = Overdrive(app, database_url=sqlite_url, cache=True)
