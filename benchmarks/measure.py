@@ -93,7 +93,8 @@ class _Contestant:
             self._load.run(requests)
             seconds, database = time.perf_counter() - started, database_cpu() - database
         self._database_cpu = database / requests
-        self._requests = max(self._connections, round(requests * _TURN / seconds))
+        # Two, or there is no percentile.
+        self._requests = max(self._connections, 2, round(requests * _TURN / seconds))
 
     def take_turn(self) -> None:
         server, started = self._server.cpu(), time.perf_counter()
