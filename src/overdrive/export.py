@@ -27,11 +27,11 @@ from starlette.types import Receive, Scope, Send
 
 from .context import current
 from .errors import ConfigurationError, PageError
-from .pagination.page import CursorPage, CursorParams
-from .pagination.recipe import Query, Recipes
+from .pagination.page import CursorParams, Found
+from .pagination.recipe import Recipes
 from .pagination.select import Steps, run, run_async
 from .pagination.walk import cursor_page, walkable
-from .pool.session import SyncSessions, adds_nothing, execute, execute_sync, fetch, fetch_sync
+from .pool.session import SyncSessions, adds_nothing, send, send_sync
 from .pool.tasks import to_the_end
 
 #: What opens the session of each batch.
@@ -150,7 +150,7 @@ async def _chunks(
 
 async def _read(
     sessions: OpenSession, statement: Executable, model: type[BaseModel] | None, params: CursorParams
-) -> CursorPage[Any]:
+) -> Found:
     if isinstance(sessions, SyncSessions):
         leave = await sessions.admitted()
         try:
@@ -158,7 +158,7 @@ async def _read(
         finally:
             leave()
     async with sessions() as db:
-        page = await run_async(_steps(db.sync_session, statement, model, params), partial(_send, db))
+        page = await run_async(_steps(db.sync_session, statement, model, params), partial(send, db))
         # Rolls back, and leaves the rows as they were loaded.
         await db.close()
     return page
@@ -166,16 +166,16 @@ async def _read(
 
 def _read_sync(
     sessions: SyncSessions, statement: Executable, model: type[BaseModel] | None, params: CursorParams
-) -> CursorPage[Any]:
+) -> Found:
     with sessions() as db:
-        page = run(_steps(db, statement, model, params), partial(_send_sync, db))
+        page = run(_steps(db, statement, model, params), partial(send_sync, db))
         db.close()
     return page
 
 
 def _steps(
     session: Session, statement: Executable, model: type[BaseModel] | None, params: CursorParams
-) -> Steps[CursorPage[Any]]:
+) -> Steps[Found]:
     return cursor_page(
         statement,
         params,
@@ -187,14 +187,6 @@ def _steps(
         model=model,
         adds_nothing=partial(adds_nothing, session),
     )
-
-
-async def _send(db: AsyncSession, query: Query) -> Any:
-    return await (fetch if query.projected else execute)(db, query.statement, query.parameters)
-
-
-def _send_sync(db: Session, query: Query) -> Any:
-    return (fetch_sync if query.projected else execute_sync)(db, query.statement, query.parameters)
 
 
 # From what a page holds to one JSON array

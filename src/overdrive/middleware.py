@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .context import RequestContext, current, serving
-from .instrumentation.events import RequestEvent, publish
+from .instrumentation.events import RequestEvent, listening, publish
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
@@ -109,11 +109,15 @@ class Observer:
                 raise
             finally:
                 context.duration = time.perf_counter() - started
-                self._tell(RequestEvent.of(context))
+                self._tell(context)
 
-    def _tell(self, event: RequestEvent) -> None:
+    def _tell(self, context: RequestContext) -> None:
+        logged = self._installation.logs_events and request_log.isEnabledFor(logging.INFO)
+        if not (logged or listening()):
+            return
+        event = RequestEvent.of(context)
         publish(event)
-        if self._installation.logs_events and request_log.isEnabledFor(logging.INFO):
+        if logged:
             request_log.info(
                 "%s %s %s %.1f ms",
                 event.method,

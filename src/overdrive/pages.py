@@ -4,7 +4,6 @@ Annotations here are read by FastAPI at run time, so this module does not postpo
 """
 
 import ast
-import hmac
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +26,7 @@ from sqlalchemy.orm import Session
 from .config import PaginationSettings
 from .context import RequestContext, current
 from .errors import PageError, PageTooDeepError
-from .pagination import select, walk
-from .pagination.cursor import MAX_LENGTH
+from .pagination import number, walk
 from .pagination.link import link_header
 from .pagination.page import (
     MAX_OFFSET,
@@ -48,12 +46,13 @@ from .pagination.page import (
     Total,
     slice_of,
 )
-from .pagination.recipe import Query, Recipes
-from .pool.session import adds_nothing, execute, execute_sync, fetch, fetch_sync
+from .pagination.recipe import Recipes
+from .pagination.select import Steps, run, run_async
+from .pool.session import adds_nothing, send, send_sync
 
 #: Signs cursors where no secret is set. It is made of what `multiprocessing` hands from a process to those it starts,
 #: so that all workers of one uvicorn have the same, and ends with that server.
-PROCESS_KEY = hmac.digest(current_process().authkey, b"overdrive.cursor", "sha256")
+PROCESS_KEY = blake2b(current_process().authkey, person=b"overdrive.cursor").digest()
 
 
 #: What a page is put into where no route declares it: the first that can say the total.
@@ -153,19 +152,11 @@ def paginate(
         model = asked.model if asked is not None and transform is None else None
         steps = _steps(db, statement, params, total, count_query, context, model)
         if isinstance(db, AsyncSession):
-            return _awaited(select.run_async(steps, partial(_send, db)), transform, finished)
-        found = select.run(steps, partial(_send_sync, db))
+            return _awaited(run_async(steps, partial(send, db)), transform, finished)
+        found = run(steps, partial(send_sync, db))
     else:
         found = _slice(db, statement, params)
     return finished(found if transform is None else replace(found, items=_transformed(found.items, transform)))
-
-
-async def _send(db: AsyncSession, query: Query) -> Any:
-    return await (fetch if query.projected else execute)(db, query.statement, query.parameters)
-
-
-def _send_sync(db: Session, query: Query) -> Any:
-    return (fetch_sync if query.projected else execute_sync)(db, query.statement, query.parameters)
 
 
 def _params(asked: Asked | None, given: list[Params]) -> Params:
@@ -210,7 +201,7 @@ def _steps(
     count_query: Executable | None,
     context: RequestContext | None,
     model: type[BaseModel] | None,
-) -> select.Steps[Found]:
+) -> Steps[Found]:
     if statement is None:
         raise PageError("paginate() of a session needs a statement: paginate(db, select(User)).")
     if count_query is not None and total != "exact":
@@ -218,8 +209,17 @@ def _steps(
     session = db.sync_session if isinstance(db, AsyncSession) else db
     dialect_name = session.get_bind(clause=statement).dialect.name  # type: ignore[arg-type]
     if not isinstance(params, CursorParams):
-        return select.page(statement, params, total=total, count_query=count_query, dialect_name=dialect_name)
-    made = walk.cursor_page(
+        return number.page(
+            statement,
+            params,
+            recipes=_recipes,
+            total=total,
+            count_query=count_query,
+            dialect_name=dialect_name,
+            model=model,
+            adds_nothing=partial(adds_nothing, session),
+        )
+    walked = walk.cursor_page(
         statement,
         params,
         recipes=_recipes,
@@ -229,26 +229,23 @@ def _steps(
         model=model,
         adds_nothing=partial(adds_nothing, session),
     )
-    return _counted(made, statement, params, total, count_query, dialect_name)
+    return walked if total == "none" else _counted(walked, statement, total, count_query, dialect_name)
 
 
 def _counted(
-    walked: select.Steps[CursorPage[Any]],
+    walked: Steps[Found],
     statement: Executable,
-    params: CursorParams,
     total: Total,
     count_query: Executable | None,
     dialect_name: str,
-) -> select.Steps[Found]:
-    made = yield from walked
-    number, kind = None, total
-    if total != "none" and made.next_cursor is None and made.prev_cursor is None:
-        number, kind = len(made.items), "exact"
-    elif total != "none":
-        roots = select.once(statement)
-        number, kind = yield from select.total_of(roots, total, count_query=count_query, dialect_name=dialect_name)
-    more = made.next_cursor is not None
-    return Found(made.items, params, more, number, kind, made.next_cursor, made.prev_cursor)
+) -> Steps[Found]:
+    found = yield from walked
+    if found.next_cursor is None and found.prev_cursor is None:
+        return replace(found, total=len(found.items), total_kind="exact")
+    rows, kind = yield from number.total_of(
+        statement, total, recipes=_recipes, count_query=count_query, dialect_name=dialect_name
+    )
+    return replace(found, total=rows, total_kind=kind)
 
 
 def _slice(rows: Any, statement: Executable | None, params: Params) -> Found:
@@ -300,7 +297,6 @@ def page_dependency(
     page_query = QueryParameter(ge=1, le=MAX_PAGE, description="The page's number, from 1.")
     offset_query = QueryParameter(ge=0, le=MAX_OFFSET, description="Rows to skip.")
     cursor_query = QueryParameter(
-        max_length=MAX_LENGTH,
         description="The `next_cursor` or `prev_cursor` of another page; leave it out for the first page.",
     )
 

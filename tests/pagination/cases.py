@@ -42,7 +42,7 @@ from sqlalchemy import (
 )
 
 from overdrive.pagination.page import CursorPage, CursorParams
-from overdrive.pagination.recipe import Query, Recipes
+from overdrive.pagination.recipe import Recipes
 from overdrive.pagination.select import run
 from overdrive.pagination.walk import cursor_page
 
@@ -167,9 +167,9 @@ class Walker:
     def page(
         self, stmt: Any, cursor: str | None, size: int, before_each: Callable[[], None] = lambda: None
     ) -> CursorPage[Any]:
-        def send(query: Query) -> Any:
+        def send(statement: Any, parameters: Any, _projected: bool) -> Any:
             before_each()
-            return self.connection.execute(query.statement, query.parameters)
+            return self.connection.execute(statement, parameters)
 
         steps = cursor_page(
             stmt,

@@ -184,7 +184,7 @@ def test_a_page_out_of_range_is_refused(query: str) -> None:
     assert client.get(f"/echo/page?{query}").status_code == 422
 
 
-@pytest.mark.parametrize("query", ["size=0", "size=10001", "cursor=" + "a" * 4097])
+@pytest.mark.parametrize("query", ["size=0", "size=10001"])
 def test_a_cursor_out_of_range_is_refused(query: str) -> None:
     assert client.get(f"/echo/cursor?{query}").status_code == 422
 
@@ -289,8 +289,9 @@ def test_links_of_cursors() -> None:
         "first": "/a",
         "prev": "/a?cursor=p",
         "next": "/a?cursor=n",
+        "last": "/a?cursor=last",
     }
-    assert set(_links(CursorParams())) == {"first"}
+    assert set(_links(CursorParams())) == {"first", "last"}
 
 
 def test_links_keep_the_rest_of_the_query_and_cannot_be_broken_out_of() -> None:

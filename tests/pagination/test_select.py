@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,10 +61,12 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool
 
 from overdrive.errors import InvalidCursorError, PageError
+from overdrive.pagination import number as numbered
+from overdrive.pagination.number import CAP, DEEP
 from overdrive.pagination.order import order_text, sorts_of
 from overdrive.pagination.page import CursorPage, CursorParams, Found, LimitOffsetParams, PageParams
-from overdrive.pagination.recipe import Query, Recipes
-from overdrive.pagination.select import CAP, DEEP, once, page, run, run_async, total_of
+from overdrive.pagination.recipe import Recipes
+from overdrive.pagination.select import once, run, run_async
 from overdrive.pagination.walk import cursor_page, walkable
 
 pytestmark = pytest.mark.anyio
@@ -218,7 +221,12 @@ def lite_session(lite: Engine) -> Iterator[Session]:
 
 
 def _sender(execute: Any) -> Any:
-    return lambda query: execute(query.statement, query.parameters)
+    return lambda statement, parameters, _projected: execute(statement, parameters)
+
+
+_recipes = Recipes()
+page = partial(numbered.page, recipes=_recipes)
+total_of = partial(numbered.total_of, recipes=_recipes)
 
 
 def _page(session: Session, stmt: Any, number: int = 1, size: int = 5, **options: Any) -> Found:
@@ -241,9 +249,9 @@ def _sent(session: Session, steps: Any) -> tuple[Any, list[str]]:
     """Return what the steps make, and the statements they send."""
     sent: list[str] = []
 
-    def execute(query: Query) -> Any:
-        sent.append(str(query.statement))
-        return session.execute(query.statement)
+    def execute(statement: Any, parameters: Any, _projected: bool) -> Any:
+        sent.append(str(statement))
+        return session.execute(statement, parameters)
 
     return run(steps, execute), sent
 
@@ -302,9 +310,9 @@ def test_a_page_has_its_numbers_and_its_entities(session: Session) -> None:
 def test_a_page_beyond_the_end_is_empty_and_costs_one_statement(session: Session) -> None:
     sent: list[Any] = []
 
-    def execute(query: Query) -> Any:
-        sent.append(query.statement)
-        return session.execute(query.statement)
+    def execute(statement: Any, parameters: Any, _projected: bool) -> Any:
+        sent.append(statement)
+        return session.execute(statement, parameters)
 
     made = run(page(select(User), PageParams(page=2**31 - 1, size=10_000)), execute)
     assert (made.items, made.total, made.pages, len(sent)) == ([], 12, 1, 1)
@@ -320,9 +328,9 @@ def test_without_an_order_the_primary_key_is_it(session: Session, selected: list
     session.execute(update(User).where(User.id == 1).values(name="moved"))
     sent: list[str] = []
 
-    def execute(query: Query) -> Any:
-        sent.append(str(query.statement))
-        return session.execute(query.statement)
+    def execute(statement: Any, parameters: Any, _projected: bool) -> Any:
+        sent.append(str(statement))
+        return session.execute(statement, parameters)
 
     run(page(select(*selected), PageParams(page=1, size=5)), execute)
     assert "ORDER BY page_users.id" in sent[0]

@@ -246,7 +246,7 @@ def _steps(stmt: Any, cursor: str | None, dialect_name: str, size: int = SIZE) -
 
 
 def _sender(execute: Any) -> Any:
-    return lambda query: execute(query.statement, query.parameters)
+    return lambda statement, parameters, _projected: execute(statement, parameters)
 
 
 def _cursor_after(connection: Connection, stmt: Select[Any], values: tuple[Any, ...], backward: bool = False) -> str:

@@ -13,7 +13,7 @@ from support import Item, Other, tables
 from overdrive import create_engine
 from overdrive.errors import SessionEndedError
 from overdrive.pool.observe import observe
-from overdrive.pool.session import AsyncWork, Sessions, adds_nothing, fetch
+from overdrive.pool.session import AsyncWork, Sessions, adds_nothing, send
 
 pytestmark = pytest.mark.anyio
 
@@ -157,5 +157,5 @@ async def test_a_session_of_a_team_that_takes_part_adds_something(engine: AsyncE
 async def test_columns_are_fetched_on_the_sessions_own_connection(engine: AsyncEngine) -> None:
     async with async_sessionmaker(engine)() as session:
         await session.execute(insert(Item), [{"name": "uncommitted"}])
-        result = await fetch(session, select(Item.name).order_by(Item.id), {})
+        result = await send(session, select(Item.name).order_by(Item.id), {}, columns=True)
         assert result.scalars().all() == ["a", "b", "uncommitted"]

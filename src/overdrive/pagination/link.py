@@ -25,11 +25,13 @@ def link_header(path: str, query: str, found: Found, max_offset: int) -> str:
         places = ((rel, str(offset)) for rel, offset in _by_offset(found, max_offset))
     # Latin-1 gives every byte back as it was.
     pairs = parse_qsl(query, keep_blank_values=True, encoding="latin-1")
-    kept = [pair for pair in pairs if pair[0] != moved]
+    kept = urlencode([pair for pair in pairs if pair[0] != moved], encoding="latin-1")
+    path, begin = quote(path), "&" if kept else ""
     links = []
     for rel, place in places:
-        parameters = urlencode([*kept, (moved, place)] if place else kept, encoding="latin-1")
-        links.append(f'<{quote(path)}{"?" if parameters else ""}{parameters}>; rel="{rel}"')
+        # Neither numbers nor cursors have a character that needs an escape.
+        parameters = f"{kept}{begin}{moved}={place}" if place else kept
+        links.append(f'<{path}{"?" if parameters else ""}{parameters}>; rel="{rel}"')
     return ", ".join(links)
 
 
@@ -39,6 +41,7 @@ def _by_cursor(found: Found) -> Iterator[tuple[str, str]]:
         yield "prev", found.prev_cursor
     if found.next_cursor is not None:
         yield "next", found.next_cursor
+    yield "last", "last"
 
 
 def _by_offset(found: Found, max_offset: int) -> Iterator[tuple[str, int]]:

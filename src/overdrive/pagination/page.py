@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from .cursor import MAX_LENGTH
 
 T = TypeVar("T")
 
@@ -75,13 +74,13 @@ class LimitOffsetParams(BaseModel):
 class CursorParams(BaseModel):
     """Which page, by cursor.
 
-    cursor: `next_cursor` or `prev_cursor` of another page, at most 4,096 characters; None for the first page.
+    cursor: `next_cursor` or `prev_cursor` of another page; None for the first page.
     size: rows, from 1 to 10,000; it may differ from page to page.
     """
 
     style: ClassVar[Style] = "cursor"
 
-    cursor: str | None = Field(None, max_length=MAX_LENGTH, description=_CURSOR, examples=["q83vASNFZ4k"])
+    cursor: str | None = Field(None, description=_CURSOR, examples=["q83vASNFZ4k"])
     size: int = Field(50, ge=1, le=MAX_SIZE, description=_SIZE, examples=[50])
 
 
@@ -174,8 +173,12 @@ class BasePage(BaseModel, Generic[T]):
     @classmethod
     def of(cls, found: Found) -> Self:
         """Return the envelope of what was found, its items not yet validated."""
-        values = {name: getattr(found, name) for name in cls.model_fields if hasattr(Found, name)}
-        return cls.model_construct(**values)  # type: ignore[return-value]
+        return cls.model_construct(**{name: getattr(found, name) for name in _filled(cls)})  # type: ignore[return-value]
+
+
+@lru_cache
+def _filled(envelope: type[BasePage[Any]]) -> list[str]:
+    return [name for name in envelope.model_fields if hasattr(Found, name)]
 
 
 _ITEMS = "The rows of this page."

@@ -6,18 +6,18 @@ a plain mapped column or not there at all, an object that has just those columns
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import namedtuple
+from collections.abc import Iterable, Iterator
 from keyword import iskeyword
 from typing import Any, NamedTuple
 
 from pydantic import AliasChoices, AliasPath, BaseModel
 from pydantic.fields import FieldInfo
-from sqlalchemy import Select
 from sqlalchemy.inspection import inspect
 from sqlalchemy.orm import ColumnProperty, InstrumentedAttribute, Mapper
 from sqlalchemy.sql.elements import ColumnElement
 
-from .select import entity_of
+from .select import Statement, entity_of
 
 
 class Projection(NamedTuple):
@@ -31,7 +31,12 @@ class Projection(NamedTuple):
     columns: dict[str, ColumnElement[Any]]
 
 
-def projected(stmt: Select[Any], model: type[BaseModel]) -> Projection | None:
+def never(_class: type) -> bool:
+    """Allow no projection."""
+    return False
+
+
+def projected(stmt: Statement, model: type[BaseModel]) -> Projection | None:
     """Return the columns that `model` reads of each row of `stmt`.
 
     None wherever something else than the values of columns could reach the model: another attribute of the entity,
@@ -45,6 +50,11 @@ def projected(stmt: Select[Any], model: type[BaseModel]) -> Projection | None:
     if not names or _is_customized(mapper) or not all(_is_column(mapper, name) for name in names):
         return None
     return Projection(mapper.class_, {name: getattr(entity, name) for name in names})
+
+
+def row_type(names: Iterable[str]) -> Any:
+    """Return the type of rows with these attributes, as a response model reads them."""
+    return namedtuple("Row", names)
 
 
 def _reads_fields_alone(model: type[BaseModel]) -> bool:

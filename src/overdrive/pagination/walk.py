@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from hashlib import blake2b
 from typing import Any
 
 from pydantic import BaseModel
-from sqlalchemy import BindParameter, Integer, Select, bindparam, tuple_
+from sqlalchemy import BindParameter, Integer, Select, bindparam, inspect, tuple_
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import (
@@ -26,18 +25,14 @@ from overdrive.errors import PageError
 from . import keyset
 from .cursor import Position, decode, encode
 from .order import Sort, default_nulls_first, is_distinct_on, order_text, sorts_of
-from .page import CursorPage, CursorParams
-from .projection import Projection, projected
+from .page import CursorParams, Found
+from .projection import Projection, never, projected, row_type
 from .recipe import Query, Recipes
 from .select import Steps, items_of, once, pageable, unique, width_of
 
 _KEY_LABEL = "overdrive_key_"
 _AT = "overdrive_at_"
 _LIMIT = "overdrive_limit"
-
-
-def _never(_class: type) -> bool:
-    return False
 
 
 def cursor_page(
@@ -49,8 +44,8 @@ def cursor_page(
     binding: bytes,
     keys: Sequence[bytes],
     model: type[BaseModel] | None = None,
-    adds_nothing: Callable[[type], bool] = _never,
-) -> Steps[CursorPage[Any]]:
+    adds_nothing: Callable[[type], bool] = never,
+) -> Steps[Found]:
     """Make the page next to a position, with as many statements as it takes to fill it.
 
     stmt: a `select()` without LIMIT. Its ORDER BY, made unique by the primary keys of what it selects from,
@@ -66,7 +61,9 @@ def cursor_page(
     Raises `PageError` where the statement cannot be walked, `InvalidCursorError` where the cursor is not one
     that this route, order and filter have given out.
     """
-    walk, given = recipes.made(stmt, (dialect_name, model), partial(Walk.of, dialect_name=dialect_name, model=model))
+    walk, given = recipes.made(
+        stmt, ("walk", dialect_name, model), partial(Walk.of, dialect_name=dialect_name, model=model)
+    )
     types, binding = walk.types, binding + walk.bound(given)
     match params.cursor:
         case None:
@@ -78,6 +75,7 @@ def cursor_page(
             position = decode(cursor, types, binding=binding, keys=keys)
 
     is_projected = walk.projection is not None and adds_nothing(walk.projection.class_)
+    places = walk.places if is_projected else range(-len(types), 0)
     given |= {f"{_AT}{number}": value for number, value in enumerate(position.values)}
     items: list[Any] = []
     values: list[tuple[Any, ...]] = []
@@ -104,12 +102,12 @@ def cursor_page(
     def towards(backward: bool) -> str | None:
         if not (beyond if backward == position.backward else position.values):
             return None
-        edge = tuple(values[0 if backward else -1][-len(types) :]) if values else ()
+        row = values[0 if backward else -1] if values else None
+        edge = tuple(row[place] for place in places) if row is not None else ()
         return encode(edge, types if edge else (), backward=backward, binding=binding, key=keys[0])
 
-    return CursorPage.model_construct(
-        items=items, next_cursor=towards(False), prev_cursor=towards(True), size=params.size
-    )
+    following = towards(False)
+    return Found(items, params, following is not None, next_cursor=following, prev_cursor=towards(True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +123,10 @@ class Walk:
     order_names: list[str]
     width: int
     projection: Projection | None
+    #: Of the columns of the projection, and those of the keys that are not among them.
     row_type: Any
+    #: Where the keys are in such a row.
+    places: list[int]
     _templates: dict[Hashable, list[Select[Any]]]
 
     @classmethod
@@ -137,10 +138,10 @@ class Walk:
         parts = [part for sort in sorts for part in iterate(sort.expression)]
         order_names = [part.key for part in parts if isinstance(part, BindParameter)]
         projection = projected(stmt, model) if model is not None else None
-        names = [*projection.columns, *(f"{_KEY_LABEL}{number}" for number in range(len(sorts)))] if projection else []
         types = [sort.python_type for sort in sorts]
-        row_type = namedtuple("Row", names)  # type: ignore[misc]  # its fields are known only here
-        return cls(stmt, dialect_name, sorts, types, order, order_names, width_of(stmt), projection, row_type, {})
+        names, places = _row_of(projection, sorts) if projection is not None else ([], [])
+        width = width_of(stmt)
+        return cls(stmt, dialect_name, sorts, types, order, order_names, width, projection, row_type(names), places, {})
 
     def bound(self, given: Mapping[str, Any]) -> bytes:
         """Return what binds a cursor to this order, where its parameters have the given values."""
@@ -151,11 +152,13 @@ class Walk:
         shape = (is_projected, position.backward, *(value is None for value in position.values))
         templates = self._templates.get(shape)
         if templates is None:
-            stmt = self.stmt
+            stmt, held = self.stmt, list[int]()
             if is_projected and self.projection is not None:
-                stmt = stmt.with_only_columns(*self.projection.columns.values())
+                columns = self.projection.columns.values()
+                stmt = stmt.with_only_columns(*columns)
+                held = [number for number, place in enumerate(self.places) if place < len(columns)]
             limit = bindparam(_LIMIT, type_=Integer())
-            each = statements(stmt, self.sorts, position, self.dialect_name)
+            each = statements(stmt, self.sorts, position, self.dialect_name, held)
             templates = self._templates[shape] = [statement.limit(limit) for statement in each]
         return templates
 
@@ -187,26 +190,43 @@ def _has_window(element: Any) -> bool:
     return not isinstance(element, (SelectBase, ColumnClause)) and any(map(_has_window, element.get_children()))
 
 
+def _row_of(projection: Projection, sorts: list[Sort]) -> tuple[list[str], list[int]]:
+    """Name the columns of a projected row, which has each order key once; say where in it the keys are."""
+    held = [inspect(column).expression for column in projection.columns.values()]
+    names, places = [*projection.columns], []
+    for number, sort in enumerate(sorts):
+        place = next((place for place, column in enumerate(held) if column.compare(sort.selected)), len(names))
+        if place == len(names):
+            names.append(f"{_KEY_LABEL}{number}")
+        places.append(place)
+    return names, places
+
+
 # The statements of a walk
 
 
-def statements(stmt: Select[Any], sorts: list[Sort], position: Position, dialect_name: str) -> Iterator[Select[Any]]:
+def statements(
+    stmt: Select[Any], sorts: list[Sort], position: Position, dialect_name: str, held: Sequence[int] = ()
+) -> Iterator[Select[Any]]:
     """Yield the statements whose rows, one statement after the other, are those of the walk from `position` on.
 
-    Each is `stmt` in the walk's direction, with its order keys as the last columns, and within what an index in
-    this order holds in one piece: sent one by one, each keeps whatever a team hangs on `stmt` or on its session.
+    Each is `stmt` in the walk's direction, with its order keys as the last columns, but those that it has anyway
+    (`held`, by their numbers), and within what an index in this order holds in one piece: sent one by one, each keeps
+    whatever a team hangs on `stmt` or on its session.
     """
     keys = [sort.key for sort in sorts]
     if position.backward:
         keys = keyset.reverse(keys)
-    columns = [sort.selected.label(f"{_KEY_LABEL}{number}") for number, sort in enumerate(sorts)]
+    columns = {
+        number: sort.selected.label(f"{_KEY_LABEL}{number}") for number, sort in enumerate(sorts) if number not in held
+    }
     # By its label where that is the same, or DISTINCT and GROUP BY would not know an expression with parameters.
     ordered = [
-        column if sort.selected is sort.expression else sort.expression
-        for column, sort in zip(columns, sorts, strict=True)
+        columns[number] if number in columns and sort.selected is sort.expression else sort.expression
+        for number, sort in enumerate(sorts)
     ]
     order = [_directed(column, key, dialect_name) for column, key in zip(ordered, keys, strict=True)]
-    walked = stmt.add_columns(*columns).order_by(None).order_by(*order)
+    walked = stmt.add_columns(*columns.values()).order_by(None).order_by(*order)
     if not position.values:
         yield walked
         return

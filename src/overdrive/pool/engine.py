@@ -233,7 +233,7 @@ def _begin_with_the_first_write(
         return
     if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
         return
-    if facts_of(context, sql).writes or first_word(sql) == "savepoint":
+    if facts_of(context.compiled, sql).writes or first_word(sql) == "savepoint":
         cursor = connection.connection.cursor()
         cursor.execute("BEGIN IMMEDIATE")
         cursor.close()

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
@@ -87,7 +87,7 @@ def observe(engine: Engine, name: str, observer: CommitObserver | None = None) -
 
     Raises `ConfigurationError` where it is observed under another name: its tags would not agree.
     """
-    observation: Observation | None = getattr(engine, _ATTRIBUTE, None)
+    observation = observation_of(engine)
     if observation is None:
         observation = Observation(engine, name)
         setattr(engine, _ATTRIBUTE, observation)
@@ -99,6 +99,11 @@ def observe(engine: Engine, name: str, observer: CommitObserver | None = None) -
     if observer is not None:
         observation.observers.append(observer)
     return observation
+
+
+def observation_of(engine: Engine) -> Observation | None:
+    """Return what observes an engine, if anything does."""
+    return getattr(engine, _ATTRIBUTE, None)
 
 
 class Observation:
@@ -185,7 +190,7 @@ class Observation:
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
-        facts = facts_of(context, sql)
+        facts = facts_of(context.compiled, sql)
         autocommit = self._is_autocommit(connection)
         if not autocommit:
             self._begin_late(connection, context, facts)
@@ -211,7 +216,7 @@ class Observation:
         if transaction.began:
             return
         plain = facts.plain and not _streams(context)
-        if self._reads_need_no_transaction(connection):
+        if self.reads_need_no_transaction(connection.get_execution_options()):
             dbapi_connection: Any = connection.connection.dbapi_connection
             if transaction.relaxed != plain:
                 transaction.relaxed = dbapi_connection.autocommit = plain
@@ -220,13 +225,15 @@ class Observation:
             # SQLite begins by itself before the first write, and reads outside a transaction.
             transaction.began = not (plain and self.engine.dialect.name == "sqlite")
 
-    def _reads_need_no_transaction(self, connection: Connection) -> bool:
+    def reads_need_no_transaction(self, options: Mapping[str, Any]) -> bool:
+        """Say whether a plain SELECT means the same outside a transaction, under these execution options."""
         dialect: Any = self.engine.dialect
         return (
             dialect.driver in ("asyncpg", "psycopg", "psycopg_async")
-            and dialect.default_isolation_level == "READ COMMITTED"
+            # What the server says over the first connection.
+            and getattr(dialect, "default_isolation_level", None) == "READ COMMITTED"
             and getattr(dialect, "_on_connect_isolation_level", "unknown") in (None, "READ COMMITTED")
-            and connection.get_execution_options().get("isolation_level") in (None, "READ COMMITTED")
+            and options.get("isolation_level") in (None, "READ COMMITTED")
         )
 
     def _is_autocommit(self, connection: Connection) -> bool:
@@ -355,6 +362,16 @@ def is_idle(engine: Engine, connection: Any) -> bool:
     """
     idle = _IDLE.get(engine.dialect.driver)
     return idle is not None and idle(connection.driver_connection)
+
+
+def returns_without_waiting(connection: Connection) -> bool:
+    """Say whether giving a connection back would ask nobody for anything."""
+    if connection.closed:
+        return True
+    engine = connection.engine
+    # One beyond the pool's size is closed when it comes back, and psycopg's is taken out of autocommit, which waits.
+    kept = isinstance(engine.pool, QueuePool) and engine.pool.overflow() <= 0 and "psycopg" not in engine.dialect.driver
+    return kept and not connection.invalidated and is_idle(engine, connection.connection)
 
 
 _KEY = "overdrive"

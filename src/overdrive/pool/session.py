@@ -6,19 +6,20 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
-from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, event, exc
+from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
 from overdrive.errors import SessionEndedError
 
+from . import direct
 from .engine import capacity_of
-from .observe import is_idle
+from .observe import returns_without_waiting
 from .tasks import to_the_end
 
 logger = logging.getLogger("overdrive")
@@ -166,17 +167,8 @@ def _ends_without_waiting(session: Session) -> bool:
         and not session.deleted
         and not session.dispatch.before_commit
         and not session.dispatch.after_commit
-        and all(map(_returns_without_waiting, session.info.get(_CONNECTIONS, ())))
+        and all(map(returns_without_waiting, session.info.get(_CONNECTIONS, ())))
     )
-
-
-def _returns_without_waiting(connection: Connection) -> bool:
-    if connection.closed:
-        return True
-    engine = connection.engine
-    # One beyond the pool's size is closed when it comes back, and psycopg's is taken out of autocommit, which waits.
-    kept = isinstance(engine.pool, QueuePool) and engine.pool.overflow() <= 0 and "psycopg" not in engine.dialect.driver
-    return kept and not connection.invalidated and is_idle(engine, connection.connection)
 
 
 class AsyncWork:
@@ -288,20 +280,38 @@ def _ending_threads() -> CapacityLimiter:
     return _limiters[loop]
 
 
-async def execute(session: AsyncSession, statement: Executable, parameters: Any = None) -> Result[Any]:
-    """Send `statement` for an endpoint, through the session, with everything a team hangs on it."""
+async def send(session: AsyncSession, statement: Executable, parameters: Mapping[str, Any], columns: bool) -> Any:
+    """Send a statement for an endpoint through its session, with everything a team hangs on that; return its result.
+
+    columns: whether it selects columns, and `adds_nothing` allows to leave all that out. Then the result may be a
+        list of rows, and the session need not have had their connection.
+    """
+    if columns:
+        assert isinstance(statement, Select)
+        engine = session.sync_session.get_bind(clause=statement)
+        if isinstance(engine, Engine) and _is_untouched(session):
+            plain = direct.of(engine, statement)
+            if plain is not None:
+                return await direct.send(engine, plain, parameters)
+        return await session.run_sync(send_sync, statement, parameters, columns)
     if _is_discouraged(session):
         options = {"prebuffer_rows": True}
-        return await session.run_sync(execute_sync, statement, parameters, execution_options=options)
+        return await session.run_sync(_execute, statement, parameters, execution_options=options)
     return await session.execute(statement, parameters)
 
 
-def execute_sync(session: Session, /, statement: Executable, parameters: Any = None, **options: Any) -> Result[Any]:
-    """Send `statement` through a synchronous session; see `execute`."""
-    send = type(session).execute
+def send_sync(session: Session, statement: Executable, parameters: Mapping[str, Any], columns: bool) -> Result[Any]:
+    """Send a statement through a synchronous session; see `send`."""
+    if columns:
+        return session.connection(bind_arguments={"clause": statement}).execute(statement, parameters)
+    return _execute(session, statement, parameters)
+
+
+def _execute(session: Session, /, statement: Executable, parameters: Mapping[str, Any], **options: Any) -> Result[Any]:
+    execute = type(session).execute
     if _is_discouraged(session):
-        send = inspect.unwrap(send)
-    return send(session, statement, parameters, **options)
+        execute = inspect.unwrap(execute)
+    return execute(session, statement, parameters, **options)
 
 
 def _is_discouraged(session: AsyncSession | Session) -> bool:
@@ -309,14 +319,21 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
     return hasattr(type(session).execute, "__deprecated__")
 
 
-async def fetch(session: AsyncSession, statement: Executable, parameters: Any) -> Result[Any]:
-    """Send a statement that selects columns on the session's connection, where `adds_nothing` allows it."""
-    return await session.run_sync(fetch_sync, statement, parameters)
+_SESSION_EVENTS = ("before_commit", "after_commit", "after_rollback", "after_soft_rollback", "after_transaction_end")
 
 
-def fetch_sync(session: Session, statement: Executable, parameters: Any) -> Result[Any]:
-    """Send a statement through a synchronous session's connection; see `fetch`."""
-    return session.connection(bind_arguments={"clause": statement}).execute(statement, parameters)
+def _is_untouched(session: AsyncSession) -> bool:
+    """Say whether a session has not begun yet, and nobody but us would learn that it had."""
+    sync_session = session.sync_session
+    dispatch = sync_session.dispatch
+    return (
+        not sync_session.in_transaction()
+        and sync_session.autobegin
+        and _ENDED not in sync_session.info
+        and set(dispatch.after_begin) <= {_note_connection}
+        and set(dispatch.after_transaction_create) <= {_refuse_after_end}
+        and not any(getattr(dispatch, name) for name in _SESSION_EVENTS)
+    )
 
 
 def adds_nothing(session: Session, class_: type) -> bool:

@@ -21,7 +21,7 @@ from sqlalchemy import (
     TextClause,
     UpdateBase,
 )
-from sqlalchemy.engine.interfaces import Compiled, ExecutionContext
+from sqlalchemy.engine.interfaces import Compiled
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ForUpdateArg
@@ -133,9 +133,8 @@ class Facts:
 _known: WeakKeyDictionary[Compiled, Facts] = WeakKeyDictionary()
 
 
-def facts_of(context: ExecutionContext, sql: str) -> Facts:
-    """Return the facts of the statement about to be executed; `sql` is its text."""
-    compiled: Any = context.compiled
+def facts_of(compiled: Compiled | None, sql: str) -> Facts:
+    """Return the facts of a statement in its compiled form, if it has one; `sql` is its text."""
     if compiled is None:
         return _facts_of_text(sql)
     facts = _known.get(compiled)

@@ -1,0 +1,145 @@
+"""Plain SELECTs handed to asyncpg itself, where SQLAlchemy's cursor and result would add nothing but their time.
+
+The connection is one of the engine's pool, and back there before anybody looks at the rows. What observes the engine
+is told of the statement as of any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Dialect, Engine, Select
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
+from sqlalchemy.util import greenlet_spawn
+
+from .observe import Observation, observation_of, returns_without_waiting
+from .statement import Facts, facts_of
+
+Processor = Callable[[Any], Any]
+Rows = list[Sequence[Any]]
+
+_EVENTS = ("begin", "rollback", "before_execute", "after_execute")
+_OBSERVED_EVENTS = ("before_cursor_execute", "after_cursor_execute")
+
+
+@dataclass(slots=True)
+class Direct:
+    """A statement as asyncpg takes it.
+
+    binds: the names of its parameters in their order, and what their types make of a value.
+    results: what the types of its columns make of a value, once the database has said what it calls those.
+    """
+
+    compiled: SQLCompiler
+    sql: str
+    facts: Facts
+    binds: list[tuple[str, Processor | None]]
+    columns: list[TypeEngine[Any]]
+    results: list[Processor | None] | None = None
+
+
+#: None for a statement that cannot be sent so.
+_made: WeakKeyDictionary[Engine, WeakKeyDictionary[Select[Any], Direct | None]] = WeakKeyDictionary()
+
+
+def of(engine: Engine, stmt: Select[Any]) -> Direct | None:
+    """Return the statement as `send` takes it; None where SQLAlchemy has a part in sending it."""
+    if not _is_ours_alone(engine):
+        return None
+    made = _made.setdefault(engine, WeakKeyDictionary())
+    if stmt not in made:
+        made[stmt] = _direct(engine, stmt)
+    return made[stmt]
+
+
+def _is_ours_alone(engine: Engine) -> bool:
+    """Say whether nobody but its observation takes part in what the engine sends, and reads need no transaction."""
+    observation = observation_of(engine)
+    dispatch = engine.dispatch
+    return (
+        engine.dialect.driver == "asyncpg"
+        and observation is not None
+        and observation.reads_need_no_transaction(engine.get_execution_options())
+        and not any(getattr(dispatch, name) for name in _EVENTS)
+        and all(len(getattr(dispatch, name)) == 1 for name in _OBSERVED_EVENTS)
+        and not engine.dialect.dispatch.do_execute
+        and not engine.get_execution_options()
+        and not engine._should_log_info()
+    )
+
+
+def _direct(engine: Engine, stmt: Select[Any]) -> Direct | None:
+    compiled = stmt.compile(engine)
+    assert isinstance(compiled, SQLCompiler)
+    facts = facts_of(compiled, sql := str(compiled))
+    # IN () gets as many parameters as there are values, when it is sent.
+    if compiled.post_compile_params or compiled.literal_execute_params or not facts.plain:
+        return None
+    names = compiled.positiontup or ()
+    types = [compiled.binds[name].type.dialect_impl(engine.dialect) for name in names]
+    binds = [type_.bind_processor(engine.dialect) for type_ in types]
+    columns = [column.type for column in stmt.selected_columns]
+    return Direct(compiled, sql, facts, list(zip(names, binds, strict=True)), columns)
+
+
+async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any]) -> Rows:
+    """Return the statement's rows.
+
+    Raises what SQLAlchemy raises where the statement fails or no connection is to be had.
+    """
+    observation = observation_of(engine)
+    assert observation is not None
+    given = statement.compiled.construct_params(parameters)
+    values = [given[name] if process is None else process(given[name]) for name, process in statement.binds]
+    connection: Connection = await greenlet_spawn(engine.connect)
+    try:
+        rows = await _fetch(connection, observation, statement, values)
+    finally:
+        if returns_without_waiting(connection):
+            connection.close()
+        else:
+            await greenlet_spawn(connection.close)
+    results = statement.results
+    if not results or not any(results):
+        return rows
+    return [
+        [value if process is None else process(value) for value, process in zip(row, results, strict=True)]
+        for row in rows
+    ]
+
+
+async def _fetch(connection: Connection, observation: Observation, statement: Direct, values: list[Any]) -> Rows:
+    observation.started(connection.info, statement.facts, autocommit=False)
+    driver: Any = connection.connection.driver_connection
+    try:
+        if statement.results is None:
+            statement.results = await _results(driver, statement, connection.dialect)
+        rows: Rows = await driver.fetch(statement.sql, *values)
+    except BaseException as error:
+        await greenlet_spawn(_raise, connection, statement.sql, values, error)
+        raise
+    observation.finished(connection.info, statement.sql, len(rows), autocommit=False)
+    return rows
+
+
+async def _results(driver: Any, statement: Direct, dialect: Dialect) -> list[Processor | None]:
+    attributes = (await driver.prepare(statement.sql)).get_attributes()
+    impls = [type_.dialect_impl(dialect) for type_ in statement.columns]
+    return [impl.result_processor(dialect, each.type.oid) for impl, each in zip(impls, attributes, strict=True)]
+
+
+def _raise(connection: Connection, sql: str, values: list[Any], error: BaseException) -> None:
+    """Raise what SQLAlchemy makes of an error, once it has discarded a connection that is of no use any more."""
+    adapted: Any = connection.connection.dbapi_connection
+    try:
+        if isinstance(error, Exception):
+            adapted._handle_exception(error)
+        raise error
+    except adapted.dbapi.Error as translated:
+        connection._handle_dbapi_exception(translated, sql, tuple(values), None, None)
+    except BaseException as other:
+        connection._handle_dbapi_exception(other, None, None, None, None)
