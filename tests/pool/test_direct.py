@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from typing import Any
@@ -130,6 +132,7 @@ def listening(target: Any, name: str) -> Any:
 @pytest.mark.parametrize(
     "name",
     [
+        "engine_connect",
         "begin",
         "rollback",
         "before_execute",
@@ -295,6 +298,17 @@ async def test_a_cancelled_read_leaves_nothing_behind(engine: AsyncEngine, datab
     assert len(sent) == 1
     async with Sessions.of(engine)() as session:
         assert await names(session) == ["a", "b"]
+
+
+async def test_a_statement_that_is_gone_is_not_kept(engine: AsyncEngine) -> None:
+    await warm(engine)
+    stmt = NAMES.where(Item.id > 0)
+    async with Sessions.of(engine)() as session:
+        assert await names(session, stmt) == ["a", "b"]
+    gone = weakref.ref(stmt)
+    del stmt
+    gc.collect()
+    assert gone() is None
 
 
 async def test_a_statement_is_prepared_once(engine: AsyncEngine) -> None:

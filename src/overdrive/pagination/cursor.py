@@ -146,6 +146,8 @@ _BY_NAME = {type_.__name__: type_ for type_ in _FORMS}
 
 
 def _form(value: object) -> type | None:
+    if type(value) in _FORMS:
+        return type(value)
     return next((type_ for type_ in _FORMS if isinstance(value, type_)), None)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Dialect, Engine, Select
+from sqlalchemy import BindParameter, Connection, Dialect, Engine, PoolProxiedConnection, Select
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 from sqlalchemy.util import greenlet_spawn
@@ -22,22 +22,21 @@ from .statement import Facts, facts_of
 Processor = Callable[[Any], Any]
 Rows = list[Sequence[Any]]
 
-_EVENTS = ("begin", "rollback", "before_execute", "after_execute")
+_EVENTS = ("engine_connect", "begin", "rollback", "before_execute", "after_execute")
 _OBSERVED_EVENTS = ("before_cursor_execute", "after_cursor_execute")
 
 
 @dataclass(slots=True)
 class Direct:
-    """A statement as asyncpg takes it.
+    """A statement as asyncpg takes it. It does not hold SQLAlchemy's, which may go.
 
-    binds: the names of its parameters in their order, and what their types make of a value.
+    parameters: their names in their order, each with its own value and what its type makes of one.
     results: what the types of its columns make of a value, once the database has said what it calls those.
     """
 
-    compiled: SQLCompiler
     sql: str
     facts: Facts
-    binds: list[tuple[str, Processor | None]]
+    parameters: Sequence[tuple[str, BindParameter[Any], Processor | None]]
     columns: list[TypeEngine[Any]]
     results: list[Processor | None] | None = None
 
@@ -79,11 +78,10 @@ def _direct(engine: Engine, stmt: Select[Any]) -> Direct | None:
     # IN () gets as many parameters as there are values, when it is sent.
     if compiled.post_compile_params or compiled.literal_execute_params or not facts.plain:
         return None
-    names = compiled.positiontup or ()
-    types = [compiled.binds[name].type.dialect_impl(engine.dialect) for name in names]
-    binds = [type_.bind_processor(engine.dialect) for type_ in types]
-    columns = [column.type for column in stmt.selected_columns]
-    return Direct(compiled, sql, facts, list(zip(names, binds, strict=True)), columns)
+    binds = [(name, compiled.binds[name]) for name in compiled.positiontup or ()]
+    processors = [bind.type.dialect_impl(engine.dialect).bind_processor(engine.dialect) for _, bind in binds]
+    parameters = [(name, bind, process) for (name, bind), process in zip(binds, processors, strict=True)]
+    return Direct(sql, facts, parameters, [column.type for column in stmt.selected_columns])
 
 
 async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any]) -> Rows:
@@ -93,16 +91,18 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     """
     observation = observation_of(engine)
     assert observation is not None
-    given = statement.compiled.construct_params(parameters)
-    values = [given[name] if process is None else process(given[name]) for name, process in statement.binds]
-    connection: Connection = await greenlet_spawn(engine.connect)
+    values = []
+    for name, bind, process in statement.parameters:
+        value = parameters.get(name, bind.effective_value)
+        values.append(value if process is None else process(value))
+    pooled: PoolProxiedConnection = await greenlet_spawn(_take, engine)
     try:
-        rows = await _fetch(connection, observation, statement, values)
+        rows = await _fetch(pooled, engine, observation, statement, values)
     finally:
-        if returns_without_waiting(connection):
-            connection.close()
+        if returns_without_waiting(engine, pooled):
+            pooled.close()
         else:
-            await greenlet_spawn(connection.close)
+            await greenlet_spawn(pooled.close)
     results = statement.results
     if not results or not any(results):
         return rows
@@ -112,17 +112,26 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     ]
 
 
-async def _fetch(connection: Connection, observation: Observation, statement: Direct, values: list[Any]) -> Rows:
-    observation.started(connection.info, statement.facts, autocommit=False)
-    driver: Any = connection.connection.driver_connection
+def _take(engine: Engine) -> PoolProxiedConnection:
+    try:
+        return engine.raw_connection()
+    except engine.dialect.loaded_dbapi.Error as error:
+        Connection._handle_dbapi_exception_noconnection(error, engine.dialect, engine)
+
+
+async def _fetch(
+    pooled: PoolProxiedConnection, engine: Engine, observation: Observation, statement: Direct, values: list[Any]
+) -> Rows:
+    observation.started(pooled.info, statement.facts, autocommit=False)
+    driver: Any = pooled.driver_connection
     try:
         if statement.results is None:
-            statement.results = await _results(driver, statement, connection.dialect)
+            statement.results = await _results(driver, statement, engine.dialect)
         rows: Rows = await driver.fetch(statement.sql, *values)
     except BaseException as error:
-        await greenlet_spawn(_raise, connection, statement.sql, values, error)
+        await greenlet_spawn(_raise, Connection(engine, pooled), statement.sql, values, error)
         raise
-    observation.finished(connection.info, statement.sql, len(rows), autocommit=False)
+    observation.finished(pooled.info, statement.sql, len(rows), autocommit=False)
     return rows
 
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Engine, QueuePool, event
+from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
@@ -364,14 +364,11 @@ def is_idle(engine: Engine, connection: Any) -> bool:
     return idle is not None and idle(connection.driver_connection)
 
 
-def returns_without_waiting(connection: Connection) -> bool:
-    """Say whether giving a connection back would ask nobody for anything."""
-    if connection.closed:
-        return True
-    engine = connection.engine
+def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bool:
+    """Say whether giving a pooled connection back would ask nobody for anything."""
     # One beyond the pool's size is closed when it comes back, and psycopg's is taken out of autocommit, which waits.
     kept = isinstance(engine.pool, QueuePool) and engine.pool.overflow() <= 0 and "psycopg" not in engine.dialect.driver
-    return kept and not connection.invalidated and is_idle(engine, connection.connection)
+    return kept and pooled.is_valid and is_idle(engine, pooled)
 
 
 _KEY = "overdrive"

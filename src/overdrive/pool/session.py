@@ -167,7 +167,13 @@ def _ends_without_waiting(session: Session) -> bool:
         and not session.deleted
         and not session.dispatch.before_commit
         and not session.dispatch.after_commit
-        and all(map(returns_without_waiting, session.info.get(_CONNECTIONS, ())))
+        and all(map(_returns_without_waiting, session.info.get(_CONNECTIONS, ())))
+    )
+
+
+def _returns_without_waiting(connection: Connection) -> bool:
+    return connection.closed or (
+        not connection.invalidated and returns_without_waiting(connection.engine, connection.connection)
     )
 
 
