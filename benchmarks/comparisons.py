@@ -81,10 +81,10 @@ PLANS = [
         "page",
         "50 of 2,000,000 users, newest first",
         [
-            Rival("hand-written keyset", "plain_fastapi:service", "/feed"),
+            Rival("hand-written keyset", "plain_fastapi:service", "/feed?size=50"),
             Rival("fastapi-pagination, no total", "fastapi_pagination_pages:app", "/cursor-without-total?size=50"),
             Rival("Overdrive CursorPage", "with_overdrive:service", "/feed?size=50", ours=True),
-            Rival("FastAPI on asyncpg", "fastapi_asyncpg:app", "/feed"),
+            Rival("FastAPI on asyncpg", "fastapi_asyncpg:app", "/feed?size=50"),
             Rival("bare asyncpg + orjson", "bare_asyncpg:page", "/"),
         ],
         [

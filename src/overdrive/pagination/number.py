@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from overdrive.errors import PageError
 
 from .order import flat, identity_of
 from .page import Found, LimitOffsetParams, PageParams, Total
-from .projection import Projection, never, projected, row_type
+from .projection import Projection, never, projected, row_maker
 from .recipe import Query, Recipes
 from .select import (
     Statement,
@@ -140,8 +140,8 @@ class Plan:
     roots: Statement
     width: int
     projection: Projection | None
-    #: Of the columns of the projection.
-    row_type: Any
+    #: Makes rows of the columns of the projection.
+    row: Callable[[Iterable[Any]], Any]
     _templates: dict[Hashable, Statement]
 
     @classmethod
@@ -151,7 +151,7 @@ class Plan:
         roots = roots_of(stmt)
         fills = roots is not stmt and any(joined_loads(stmt))
         projection = projected(roots, model) if model is not None and not fills else None
-        row = row_type(projection.columns) if projection is not None else None
+        row = row_maker(projection.columns if projection is not None else ())
         return cls(stmt, roots, width_of(stmt), projection, row, {})
 
     def rows(self, is_deep: bool, is_projected: bool) -> Statement:
@@ -168,7 +168,7 @@ class Plan:
     def items(self, result: Any, is_projected: bool) -> list[Any]:
         """Return the page's items of the result of `rows`."""
         if is_projected:
-            return list(map(self.row_type._make, result))
+            return list(map(self.row, result))
         rows = (unique(result) if self.stmt is self.roots else result.unique()).all()
         return items_of(list(rows), self.width)
 

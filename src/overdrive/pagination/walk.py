@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -26,7 +26,7 @@ from . import keyset
 from .cursor import Position, decode, encode
 from .order import Sort, default_nulls_first, is_distinct_on, order_text, sorts_of
 from .page import CursorParams, Found
-from .projection import Projection, never, projected, row_type
+from .projection import Projection, never, projected, row_maker
 from .recipe import Query, Recipes
 from .select import Steps, items_of, once, pageable, unique, width_of
 
@@ -82,7 +82,7 @@ def cursor_page(
     for template in walk.templates(position, is_projected):
         result = yield Query(template, given | {_LIMIT: params.size + 1 - len(items)}, is_projected)
         if is_projected:
-            rows = [walk.row_type._make(row) for row in result]
+            rows = list(map(walk.row, result))
             values += rows
             items += rows
         else:
@@ -123,8 +123,8 @@ class Walk:
     order_names: list[str]
     width: int
     projection: Projection | None
-    #: Of the columns of the projection, and those of the keys that are not among them.
-    row_type: Any
+    #: Makes rows of the columns of the projection, and those of the keys that are not among them.
+    row: Callable[[Iterable[Any]], Any]
     #: Where the keys are in such a row.
     places: list[int]
     _templates: dict[Hashable, list[Select[Any]]]
@@ -140,8 +140,10 @@ class Walk:
         projection = projected(stmt, model) if model is not None else None
         types = [sort.python_type for sort in sorts]
         names, places = _row_of(projection, sorts) if projection is not None else ([], [])
-        width = width_of(stmt)
-        return cls(stmt, dialect_name, sorts, types, order, order_names, width, projection, row_type(names), places, {})
+        width, row = width_of(stmt), row_maker(names)
+        return cls(
+            stmt, dialect_name, sorts, types, order, order_names, width, projection, row_maker(names), places, {}
+        )
 
     def bound(self, given: Mapping[str, Any]) -> bytes:
         """Return what binds a cursor to this order, where its parameters have the given values."""
