@@ -141,9 +141,7 @@ class Walk:
         types = [sort.python_type for sort in sorts]
         names, places = _row_of(projection, sorts) if projection is not None else ([], [])
         width, row = width_of(stmt), row_maker(names)
-        return cls(
-            stmt, dialect_name, sorts, types, order, order_names, width, projection, row_maker(names), places, {}
-        )
+        return cls(stmt, dialect_name, sorts, types, order, order_names, width, projection, row, places, {})
 
     def bound(self, given: Mapping[str, Any]) -> bytes:
         """Return what binds a cursor to this order, where its parameters have the given values."""
