@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from cache.exchanges import ITEMS, ask
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from overdrive import ConfigurationError
 from overdrive.cache.cache import Cache
+from overdrive.cache.entry import FORMAT, Entry
 from overdrive.cache.redis import RedisStore
 from overdrive.cache.store import MemoryStore, Store, StoreUnavailable
 from overdrive.demo import servers
@@ -48,15 +50,25 @@ async def server(redis_url: str) -> AsyncIterator[Redis]:
         yield server
 
 
+def entry(body: bytes) -> Entry:
+    return Entry(FORMAT, "f", "epoch", {}, 0.0, 60.0, 200, [], body)
+
+
+async def body(store: Store, key: str, fingerprint: str = "f") -> bytes | None:
+    found = (await store.load(key, fingerprint)).entry
+    return found.body if found is not None else None
+
+
 # The contract
 
 
 async def test_what_is_saved_is_found(store: Store) -> None:
-    assert (await store.load("key")).data is None
-    await store.save("key", b"one", 60)
-    await store.save("key", b"\0two", 60)
-    await store.save("other", b"three", 60)
-    assert [(await store.load(key)).data for key in ("key", "other")] == [b"\0two", b"three"]
+    assert (await store.load("key", "f")).entry is None
+    await store.save("key", entry(b"one"), 60)
+    await store.save("key", entry(b"\0two"), 60)
+    await store.save("other", entry(b"three"), 60)
+    assert [await body(store, key) for key in ("key", "other")] == [b"\0two", b"three"]
+    assert await body(store, "key", "another release's") is None
 
 
 async def test_a_bump_moves_the_clock_and_the_tags_it_names(store: Store) -> None:
@@ -66,12 +78,12 @@ async def test_a_bump_moves_the_clock_and_the_tags_it_names(store: Store) -> Non
     same_epoch, after = await store.versions([ITEMS, OTHERS])
     assert same_epoch == epoch
     assert after == {ITEMS: before[ITEMS] + 2, OTHERS: before[OTHERS]}
-    assert (await store.load("key")).instant == (epoch, after[ITEMS])
+    assert (await store.load("key", "f")).instant == (epoch, after[ITEMS])
 
 
 async def test_no_tag_has_no_stamp(store: Store) -> None:
     epoch, versions = await store.versions([])
-    assert (epoch, versions) == ((await store.load("key")).instant.epoch, {})
+    assert (epoch, versions) == ((await store.load("key", "f")).instant.epoch, {})
 
 
 async def test_clearing_begins_an_epoch(store: Store) -> None:
@@ -82,13 +94,13 @@ async def test_clearing_begins_an_epoch(store: Store) -> None:
 
 
 async def test_seen_is_never_in_the_future(store: Store) -> None:
-    await store.load("key")
+    await store.load("key", "f")
     seen = store.seen()
     assert seen is not None
     await store.bump([ITEMS])
     _, versions = await store.versions([ITEMS])
     assert seen.now < versions[ITEMS]
-    assert (await store.load("key")).instant == store.seen()
+    assert (await store.load("key", "f")).instant == store.seen()
 
 
 # What a cache makes of it
@@ -129,8 +141,8 @@ async def test_clearing_forgets_answers_and_nothing_else(cache: Cache) -> None:
     assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
 
 
-async def test_a_damaged_entry_is_a_miss_and_is_replaced(cache: Cache) -> None:
-    await cache.store.save("key", b"\xffnonsense", 60)
+async def test_an_entry_of_another_release_is_a_miss_and_is_replaced(cache: Cache) -> None:
+    await cache.store.save("key", replace(entry(b"old"), fingerprint="another release's"), 60)
     assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
 
 
@@ -139,17 +151,40 @@ async def test_a_damaged_entry_is_a_miss_and_is_replaced(cache: Cache) -> None:
 
 async def test_the_least_recently_used_goes_first() -> None:
     store = MemoryStore(max_entries=2)
-    await store.save("a", b"a", 60)
-    await store.save("b", b"b", 60)
-    await store.load("a")
-    await store.save("c", b"c", 60)
-    assert [(await store.load(key)).data for key in "abc"] == [b"a", None, b"c"]
-    await store.save("a", b"again", 60)
-    await store.save("d", b"d", 60)
-    assert [(await store.load(key)).data for key in "acd"] == [b"again", None, b"d"]
+    await store.save("a", entry(b"a"), 60)
+    await store.save("b", entry(b"b"), 60)
+    await store.load("a", "f")
+    await store.save("c", entry(b"c"), 60)
+    assert [await body(store, key) for key in "abc"] == [b"a", None, b"c"]
+    await store.save("a", entry(b"again"), 60)
+    await store.save("d", entry(b"d"), 60)
+    assert [await body(store, key) for key in "acd"] == [b"again", None, b"d"]
+
+
+async def test_what_is_held_is_not_outdated() -> None:
+    store = MemoryStore(max_entries=3)
+    epoch, versions = await store.versions([ITEMS])
+    kept = replace(entry(b"kept"), epoch=epoch, versions=versions)
+    await store.save("key", kept, 60)
+    assert [store.held("key"), store.held("other")] == [kept, None]
+    await store.bump([OTHERS])
+    assert store.held("key") is kept
+    await store.bump([ITEMS])
+    assert store.held("key") is None
+    await store.save("key", kept, 60)
+    assert store.held("key") is None
+    await store.clear()
+    await store.save("key", kept, 60)
+    assert store.held("key") is None
 
 
 # Redis
+
+
+async def test_a_damaged_entry_is_a_miss_and_is_replaced(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
+    cache = Cache(stores[0])
+    await server.set("test:entry:key", b"\xffnonsense")
+    assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
 
 
 async def test_workers_share_entries_and_writes(stores: tuple[RedisStore, RedisStore]) -> None:
@@ -182,8 +217,8 @@ async def test_prefixes_do_not_see_each_other(redis_url: str, server: Redis) -> 
 
 
 async def test_time_to_live_is_redis_own(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
-    await stores[0].save("long", b"", 60)
-    await stores[0].save("short", b"", 0.0001)
+    await stores[0].save("long", entry(b""), 60)
+    await stores[0].save("short", entry(b""), 0.0001)
     assert 50_000 < await server.pttl("test:entry:long") <= 60_000
     # A time to live of nothing would be refused.
     assert await server.pttl("test:entry:short") in (-2, 0, 1)
@@ -232,7 +267,7 @@ async def test_a_fill_over_an_eviction_is_sound(
 
 
 async def test_a_crowd_is_no_outage(stores: tuple[RedisStore, RedisStore]) -> None:
-    await asyncio.gather(*(stores[0].load(str(number)) for number in range(500)))
+    await asyncio.gather(*(stores[0].load(str(number), "f") for number in range(500)))
 
 
 async def test_a_store_that_is_away_says_so(server_directory: Path) -> None:
@@ -240,9 +275,9 @@ async def test_a_store_that_is_away_says_so(server_directory: Path) -> None:
         store = RedisStore(url, "test")
         await store.ping()
     for method in (
-        store.load("key"),
+        store.load("key", "f"),
         store.versions([ITEMS]),
-        store.save("key", b"", 1),
+        store.save("key", entry(b""), 1),
         store.bump([]),
         store.clear(),
     ):
@@ -268,5 +303,5 @@ async def test_each_loop_has_connections_of_its_own(redis_url: str) -> None:
 
     await store.bump([ITEMS])
     await asyncio.to_thread(asyncio.run, visit())
-    assert (await store.load("key")).instant.now == 2
+    assert (await store.load("key", "f")).instant.now == 2
     await store.aclose()

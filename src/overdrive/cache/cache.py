@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from overdrive.context import RequestContext
 
-from .entry import FORMAT, Entry, Instant, State, decode, encode
+from .entry import FORMAT, Entry, Instant, State
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
@@ -79,17 +79,12 @@ class Cache:
             exchange.bypass("store-unavailable")
 
     async def _load(self, exchange: Exchange) -> None:
-        data, instant = await self.store.load(exchange.key)
+        entry, instant, versions = await self.store.load(exchange.key, exchange.policy.plan.fingerprint)
         exchange.looked_up(instant)
-        if data is None:
+        if entry is None:
             exchange.miss("uri-miss")
             return
-        entry = decode(data, exchange.policy.plan.fingerprint)
-        if entry is None:
-            exchange.miss("uri-miss", "unreadable")
-            return
-        epoch, versions = await self.store.versions(entry.versions)
-        state = entry.state(self.clock(), epoch, versions)
+        state = entry.state(self.clock(), instant.epoch, versions)
         if state is State.FRESH:
             exchange.hit(entry, self.clock())
         else:
@@ -106,7 +101,7 @@ class Cache:
                 return
             plan, ttl = exchange.policy.plan, exchange.policy.ttl
             entry = Entry(FORMAT, plan.fingerprint, epoch, versions, self.clock(), ttl, 200, exchange.headers, body)
-            await self.store.save(exchange.key, encode(entry), ttl)
+            await self.store.save(exchange.key, entry, ttl)
         except StoreUnavailable as error:
             self._rest(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import NamedTuple
 
@@ -52,11 +53,15 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     headers: list[Header]
     body: bytes
 
-    def state(self, now: float, epoch: str, versions: dict[str, int]) -> State:
+    def state(self, now: float, epoch: str, versions: Mapping[str, int]) -> State:
         """Judge the entry by the clock, and by the epoch and versions of its tags as they are now."""
-        if epoch != self.epoch or any(versions.get(tag) != seen for tag, seen in self.versions.items()):
+        if self.is_outdated(epoch, versions):
             return State.INVALIDATED
         return State.FRESH if now - self.created < self.ttl else State.EXPIRED
+
+    def is_outdated(self, epoch: str, versions: Mapping[str, int]) -> bool:
+        """Say whether something it read was written, by the epoch and versions of its tags as they are now."""
+        return epoch != self.epoch or any(versions.get(tag) != seen for tag, seen in self.versions.items())
 
 
 _encoder = msgspec.msgpack.Encoder()

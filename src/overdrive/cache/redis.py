@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from overdrive.errors import ConfigurationError
 
-from .entry import Instant
+from .entry import Entry, Instant, decode, encode
 from .store import Found, StoreUnavailable
 
 try:
@@ -114,8 +114,11 @@ class RedisStore:
         """Return the clock as it was in the last answer."""
         return self._seen
 
-    async def load(self, key: str) -> Found:
-        """Look up an entry and the clock, in one round trip."""
+    def held(self, key: str) -> None:
+        """Nothing is in this process."""
+
+    async def load(self, key: str, fingerprint: str) -> Found:
+        """Look up an entry and the clock, and then the stamps of its tags."""
 
         async def ask(client: Redis) -> Any:
             pipeline = client.pipeline(transaction=False)
@@ -129,16 +132,22 @@ class RedisStore:
             self._seen = Instant(new_epoch, 0)
         else:
             self._seen = Instant(epoch.decode(), int(now or 0))
-        return Found(data, self._seen)
+        entry = decode(data, fingerprint) if data is not None else None
+        if entry is None:
+            return Found(None, self._seen, {})
+        epoch, versions = await self.versions(entry.versions)
+        # Cleared in between: the instant must not be later than what a request reads after it.
+        return Found(entry if epoch == self._seen.epoch else None, self._seen, versions)
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag, in one round trip."""
         epoch, *stamps = await self._run(_VERSIONS, tags)
         return epoch.decode(), dict(zip(tags, map(int, stamps), strict=True))
 
-    async def save(self, key: str, data: bytes, ttl: float) -> None:
+    async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds."""
-        await self._ask(lambda client: client.set(f"{self._prefix}:entry:{key}", data, px=max(1, int(ttl * 1000))))
+        name, data = f"{self._prefix}:entry:{key}", encode(entry)
+        await self._ask(lambda client: client.set(name, data, px=max(1, int(ttl * 1000))))
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""

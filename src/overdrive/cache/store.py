@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
-from .entry import Instant
+from .entry import Entry, Instant
 
 
 class Found(NamedTuple):
-    """The answer to a look-up: the entry's written form, if there is one, and the clock at that moment."""
+    """The answer to a look-up.
 
-    data: bytes | None
+    entry: what is kept under the key, if it can be read.
+    instant: the clock at that moment.
+    versions: the stamps of the entry's tags at that moment.
+    """
+
+    entry: Entry | None
     instant: Instant
+    versions: Mapping[str, int]
 
 
 class StoreUnavailable(Exception):  # noqa: N818
@@ -27,18 +33,21 @@ class StoreUnavailable(Exception):  # noqa: N818
 
 
 class Store(Protocol):
-    """The contract of the stores. Every method but `seen` may raise `StoreUnavailable`."""
+    """The contract of the stores. Whatever is awaited may raise `StoreUnavailable`."""
 
     def seen(self) -> Instant | None:
         """Return an instant that is not in the future, without asking anyone; None where none is known."""
 
-    async def load(self, key: str) -> Found:
-        """Look up an entry."""
+    def held(self, key: str) -> Entry | None:
+        """Return an entry of this process, if nothing it read has been written since, without asking anyone."""
+
+    async def load(self, key: str, fingerprint: str) -> Found:
+        """Look up an entry; one that is damaged, or has another fingerprint, is none."""
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag, made up of the clock where a tag has none."""
 
-    async def save(self, key: str, data: bytes, ttl: float) -> None:
+    async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
 
     async def bump(self, tags: Collection[str]) -> None:
@@ -51,6 +60,16 @@ class Store(Protocol):
         """Give connections back."""
 
 
+class _Held:
+    """An entry, and the instant at which it was last found not to be outdated."""
+
+    __slots__ = ("checked", "entry")
+
+    def __init__(self, entry: Entry, checked: Instant | None) -> None:
+        self.entry = entry
+        self.checked = checked
+
+
 class MemoryStore:
     """Entries inside the process, for a service of one worker.
 
@@ -59,7 +78,7 @@ class MemoryStore:
 
     def __init__(self, max_entries: int) -> None:
         self._max_entries = max_entries
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
+        self._entries: OrderedDict[str, _Held] = OrderedDict()
         self._stamps: dict[str, int] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
 
@@ -67,20 +86,39 @@ class MemoryStore:
         """Return the clock: this store is in the process."""
         return self._instant
 
-    async def load(self, key: str) -> Found:
+    def held(self, key: str) -> Entry | None:
+        """Return an entry, if nothing it read has been written since."""
+        held = self._entries.get(key)
+        if held is None:
+            return None
+        self._entries.move_to_end(key)
+        entry = held.entry
+        # Mostly nothing at all was written since it was last looked at.
+        if held.checked is not self._instant:
+            if entry.is_outdated(self._instant.epoch, self._stamps_of(entry.versions)):
+                return None
+            held.checked = self._instant
+        return entry
+
+    async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry."""
-        data = self._entries.get(key)
-        if data is not None:
-            self._entries.move_to_end(key)
-        return Found(data, self._instant)
+        held = self._entries.get(key)
+        if held is None or held.entry.fingerprint != fingerprint:
+            return Found(None, self._instant, {})
+        self._entries.move_to_end(key)
+        return Found(held.entry, self._instant, self._stamps_of(held.entry.versions))
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag; one that was never written has zero."""
-        return self._instant.epoch, {tag: self._stamps.get(tag, 0) for tag in tags}
+        return self._instant.epoch, self._stamps_of(tags)
 
-    async def save(self, key: str, data: bytes, ttl: float) -> None:
+    def _stamps_of(self, tags: Iterable[str]) -> dict[str, int]:
+        return {tag: self._stamps.get(tag, 0) for tag in tags}
+
+    async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
-        self._entries[key] = data
+        # As if it had been looked at before all writes.
+        self._entries[key] = _Held(entry, None)
         self._entries.move_to_end(key)
         if len(self._entries) > self._max_entries:
             self._entries.popitem(last=False)
