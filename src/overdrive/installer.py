@@ -33,7 +33,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, compile_path
 
 from .cache.cache import Exchange
-from .cache.key import KeyPlan, key_of
+from .cache.entry import Entry
+from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
 from .config import PaginationSettings
 from .context import RequestContext, current
@@ -125,6 +126,8 @@ class Installation:
         self.request_id_header = b"x-request-id"
         self.logs_events = False
         self._installed = False
+        #: Of requests that were seen before: how their route is cached, and under which key.
+        self._shortcuts: Shortcuts[tuple[Policy, str, FastAPI]] = Shortcuts()
         #: By the id of a route's dependant, which is kept here so that no other gets its id.
         self._prepared: dict[int, Any] = {}
         #: By the id of an endpoint: it need not be hashable.
@@ -206,6 +209,30 @@ class Installation:
                 return template
         return getattr(scope.get("route"), "path", None)
 
+    def hit(self, scope: Any) -> tuple[Policy, Entry] | None:
+        """Return what answers a request without asking its route: one that was seen before, and is nobody's own."""
+        if self.runtime is None or scope["type"] != "http" or scope["method"] != "GET":
+            return None
+        known = self._shortcuts.find(scope)
+        if known is None:
+            return None
+        policy, key, app = known
+        # An override of a test, or of a deployment, has its say where dependencies are resolved.
+        entry = self.runtime.cache.held(key) if not app.dependency_overrides else None
+        return (policy, entry) if entry is not None else None
+
+    def cache_now(self) -> float:
+        """Return the time on the cache's clock."""
+        assert self.runtime is not None
+        return self.runtime.cache.clock()
+
+    @property
+    def is_innermost(self) -> bool:
+        """Say whether nothing of the team's, or of what instruments the app, stands around the router."""
+        own = self.app.user_middleware
+        built = getattr(self._build_stack, "__func__", None)
+        return built is FastAPI.build_middleware_stack and all(cast(Any, each.cls) is RequestPath for each in own)
+
     async def shut_down(self) -> None:
         """Give back what the runtime holds."""
         if self.runtime is not None:
@@ -248,7 +275,7 @@ class Installation:
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
             try:
-                cache_route(site, mark.ttl or self.runtime.cache.ttl, database)
+                cache_route(site, mark.ttl or self.runtime.cache.ttl, database, self._shortcuts)
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
@@ -360,26 +387,35 @@ def add_dependency(site: Site, dependency: Callable[..., Any]) -> None:
 # Cached routes
 
 
-def cache_route(site: Site, ttl: float, database: str) -> None:
+def cache_route(site: Site, ttl: float, database: str, shortcuts: Shortcuts[tuple[Policy, str, FastAPI]]) -> None:
     """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
     plan = key_plan(site, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
         return
     calls = [dependant.call for dependant in site.dependencies()]
-    add_dependency(site, _look_up(site, Policy(ttl, plan), calls))
+    # A route that is found by more than its address is found by the router alone.
+    by_address = type(site.route.original_route).matches is APIRoute.matches
+    early = by_address and not plan.private and all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
+    add_dependency(site, _look_up(site, Policy(ttl, plan, site.template, early), calls, shortcuts))
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
 
 
-def _look_up(site: Site, policy: Policy, calls: list[Any]) -> Callable[..., Any]:
+def _is_of_pages(call: Any) -> bool:
+    return getattr(call, "__module__", "") == page_dependency.__module__
+
+
+def _look_up(
+    site: Site, policy: Policy, calls: list[Any], shortcuts: Shortcuts[tuple[Policy, str, FastAPI]]
+) -> Callable[..., Any]:
     """Return the dependency that looks the response up: resolved last, so that authentication has run."""
-    plan, template = policy.plan, site.template
+    plan = policy.plan
 
     async def look_up(request: Request, response: Response) -> None:
         context = _context()
         if request.method != "GET":
             return
-        context.route, context.policy, context.response = template, policy, response
+        context.route, context.policy, context.response = policy.route, policy, response
         key = key_of(
             plan,
             host=request.headers.get("host", ""),
@@ -388,7 +424,10 @@ def _look_up(site: Site, policy: Policy, calls: list[Any]) -> Callable[..., Any]
             headers=[request.headers.getlist(name) for name in plan.headers],
             cookies=[request.cookies.get(name) for name in plan.cookies],
         )
-        exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context)
+        if policy.early:
+            shortcuts.add(request.scope, plan.headers, (policy, key, site.app))
+        if_none_match = request.headers.get("if-none-match", "").encode("latin-1")
+        exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context, if_none_match)
         if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
             exchange.bypass("overridden-dependency")
         else:
@@ -449,10 +488,14 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
     """
     headers: set[str] = set()
     cookies: set[str] = set()
+    parameters: set[str] | None = set()
     private = False
     for dependant in site.graph():
-        # A page's own dependency reads of the request its address, which is in every key.
-        if isinstance(dependant.call, _OURS) or getattr(dependant.call, "__module__", "") == page_dependency.__module__:
+        if _is_of_pages(dependant.call):
+            # It puts the whole address into links and cursors.
+            parameters = None
+            continue
+        if isinstance(dependant.call, _OURS):
             continue
         if isinstance(dependant.call, SecurityBase):
             read = _credential(dependant.call)
@@ -460,12 +503,25 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
                 return f"nothing is known of what the security scheme {type(dependant.call).__name__} reads"
             private = True
             (cookies if read[0] == "cookie" else headers).add(read[1])
+            if read[0] == "query":
+                parameters = None
         elif unknowable := _unknowable(dependant):
             return unknowable
+        if parameters is not None:
+            open_ended = any(map(_takes_others, dependant.query_params))
+            parameters = None if open_ended else parameters | set(_names(dependant.query_params))
         headers |= {form for name in _names(dependant.header_params) for form in _header_names(name)}
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
-    return KeyPlan(_fingerprint(site.route, ttl, database), tuple(sorted(headers)), tuple(sorted(cookies)), private)
+    names = frozenset(parameters) if parameters is not None else None
+    fingerprint = _fingerprint(site.route, ttl, database)
+    return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names)
+
+
+def _takes_others(parameter: Any) -> bool:
+    """Say whether parameters that are not declared make a difference: kept, or refused."""
+    models = _models(parameter.field_info.annotation)
+    return any(model.model_config.get("extra", "ignore") != "ignore" for model in models)
 
 
 def _names(parameters: list[Any]) -> Iterator[str]:

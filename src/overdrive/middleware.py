@@ -18,11 +18,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .cache.cache import replayed
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
+    from .cache.entry import Entry
+    from .cache.policy import Policy
     from .installer import Installation
 
 request_log = logging.getLogger("overdrive.request")
@@ -42,6 +45,7 @@ class Observer:
     def __init__(self, app: ASGIApp, installation: Installation) -> None:
         self.app = app
         self._installation = installation
+        self._is_innermost = installation.is_innermost
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
@@ -54,7 +58,33 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        await self._serve(scope, receive, send)
+        if self._is_innermost and (hit := self._installation.hit(scope)) is not None:
+            await self._answer(*hit, scope, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _answer(self, policy: Policy, entry: Entry, scope: Scope, send: Send) -> None:
+        """Answer from the cache at once: there is nothing between here and the router that should have a look."""
+        started = time.perf_counter()
+        installation = self._installation
+        context = _context_of(scope, installation)
+        _note_hit(context, policy, scope)
+        start, body = replayed(entry, installation.cache_now(), _if_none_match(scope))
+        start["headers"].append((installation.request_id_header, context.request_id.encode()))
+        context.status, context.bytes_sent = start["status"], len(body["body"])
+        try:
+            await send(start)
+            await send(body)
+        except asyncio.CancelledError:
+            context.outcome = "cancelled"
+            raise
+        except OSError:
+            context.outcome = "disconnected"
+            raise
+        finally:
+            context.duration = time.perf_counter() - started
+            with serving(context):
+                self._tell(context)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -128,6 +158,18 @@ class Observer:
             )
 
 
+def _note_hit(context: RequestContext, policy: Policy, scope: Scope) -> None:
+    context.route, context.cache_status = policy.route, "hit"
+    # What FastAPI's own telemetry calls the request, which otherwise the router tells it.
+    telemetry = scope.get("fastapi.telemetry")
+    if telemetry is not None:
+        telemetry.route = policy.route
+
+
+def _if_none_match(scope: Scope) -> bytes:
+    return b", ".join(value for name, value in scope["headers"] if name == b"if-none-match")
+
+
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
     traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
     trace = _TRACEPARENT.fullmatch(traceparent)
@@ -159,6 +201,13 @@ class RequestPath:
         # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
         # looked for here.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        hit = self._installation.hit(scope)
+        if hit is not None:
+            policy, entry = hit
+            _note_hit(context, policy, scope)
+            for message in replayed(entry, self._installation.cache_now(), _if_none_match(scope)):
+                await send(message)
+            return
         try:
             if scope["type"] == "http":
                 await self._serve(context, scope, receive, send)
@@ -174,8 +223,14 @@ class RequestPath:
             await self.app(scope, receive, guard.send)
         except CommitFailed as failed:
             failure = failed.error
+        except Exception as error:
+            if context.exchange is not None:
+                context.exchange.fail(error)
+            raise
         finally:
             await guard.abandon()
+            if context.exchange is not None:
+                context.exchange.leave()
         if failure is not None:
             await _answer(failure, scope, receive, send)
 
@@ -184,16 +239,10 @@ def _recorded(context: RequestContext, send: Send) -> Send:
     """Let the cache see, mark and keep what is sent, on the routes that are cached."""
 
     async def recorded(message: Message) -> None:
-        exchange = context.exchange
-        if exchange is None:
+        if context.exchange is None:
             await send(message)
-        elif message["type"] == "http.response.start":
-            headers = exchange.start(message["status"], message.get("headers", ()))
-            await send({**message, "headers": headers})
         else:
-            await send(message)
-            if message["type"] == "http.response.body":
-                await exchange.body(message.get("body", b""), more=message.get("more_body", False))
+            await context.exchange.send(message, send)
 
     return recorded
 

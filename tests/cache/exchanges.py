@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from overdrive.cache.cache import Cache, Exchange
 from overdrive.cache.key import KeyPlan
@@ -37,6 +38,13 @@ async def ask(
         await meanwhile()
     else:
         body = exchange.entry.body
-    headers = dict(exchange.start(200, [(b"content-length", b"%d" % len(body))]))
-    await exchange.body(body, more=False)
-    return headers[b"x-cache"].decode()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-length", b"%d" % len(body))]
+    await exchange.send({"type": "http.response.start", "status": 200, "headers": headers}, send)
+    await exchange.send({"type": "http.response.body", "body": body}, send)
+    exchange.leave()
+    return dict(sent[0]["headers"])[b"x-cache"].decode()

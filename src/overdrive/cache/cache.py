@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, MutableMapping
+from enum import Enum
+from typing import Any
 
 from overdrive.context import RequestContext
 
+from .conditional import is_current, not_modified, with_etag
 from .entry import FORMAT, Entry, Instant, State
+from .flight import Flight, Flights
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
 
 logger = logging.getLogger("overdrive")
 
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
 #: Seconds during which a store that did not answer is not asked again.
 _REST = 1.0
+
+#: Seconds a request waits for another one's answer before it makes its own.
+_PATIENCE = 10.0
 
 
 class Cache:
@@ -44,6 +55,7 @@ class Cache:
         self.max_body = max_body
         self.clock = clock
         self.invalidator = Invalidator(store)
+        self.flights: Flights[Landing] = Flights()
         self._resting_until = 0.0
         self._complained: set[tuple[str | None, str]] = set()
 
@@ -78,32 +90,59 @@ class Cache:
             self._rest(error)
             exchange.bypass("store-unavailable")
 
-    async def _load(self, exchange: Exchange) -> None:
-        entry, instant, versions = await self.store.load(exchange.key, exchange.policy.plan.fingerprint)
-        exchange.looked_up(instant)
-        if entry is None:
-            exchange.miss("uri-miss")
-            return
-        state = entry.state(self.clock(), instant.epoch, versions)
-        if state is State.FRESH:
-            exchange.hit(entry, self.clock())
-        else:
-            exchange.miss("stale", state.value)
+    def held(self, key: str) -> Entry | None:
+        """Return what answers a request now, if it is in this process; asks nobody."""
+        if not self.enabled or self.invalidator.is_behind:
+            return None
+        entry = self.store.held(key)
+        return entry if entry is not None and self.clock() - entry.created < entry.ttl else None
 
-    async def fill(self, exchange: Exchange, body: bytes) -> None:
-        """Store a response that was sent, unless something it read has been written since."""
+    async def _load(self, exchange: Exchange) -> None:
+        while True:
+            entry, instant, versions = await self.store.load(exchange.key, exchange.policy.plan.fingerprint)
+            exchange.looked_up(instant)
+            state = entry.state(self.clock(), instant.epoch, versions) if entry is not None else None
+            if entry is not None and state is State.FRESH:
+                exchange.hit(entry, self.clock())
+                return
+            flight = exchange.lead_or_follow()
+            if flight is None:
+                exchange.miss("uri-miss" if state is None else "stale", "" if state is None else state.value)
+                return
+            match await self._landing(flight):
+                case Entry() as entry:
+                    exchange.hit(entry, self.clock(), collapsed=True)
+                    return
+                case Exception() as error:
+                    raise error
+                case Landed.ALONE:
+                    exchange.miss("uri-miss")
+                    return
+
+    async def _landing(self, flight: Flight[Landing]) -> Landing:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await flight.landing()
+        except TimeoutError:
+            return Landed.ALONE
+
+    async def fill(self, exchange: Exchange, body: bytes) -> Entry | None:
+        """Store a response, unless something it read has been written since; return what was stored."""
         instant, tags = exchange.instant, exchange.context.reads.tags
         if instant is None:
-            return
+            return None
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
-                return
+                return None
             plan, ttl = exchange.policy.plan, exchange.policy.ttl
-            entry = Entry(FORMAT, plan.fingerprint, epoch, versions, self.clock(), ttl, 200, exchange.headers, body)
+            headers = with_etag(exchange.headers, body)
+            entry = Entry(FORMAT, plan.fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
             await self.store.save(exchange.key, entry, ttl)
         except StoreUnavailable as error:
             self._rest(error)
+            return None
+        return entry
 
     def complain_once(self, route: str | None, reason: str) -> None:
         """Say why a route that asks to be cached is not, the first time it happens."""
@@ -116,17 +155,56 @@ class Cache:
         logger.warning("the cache's store does not answer and is left alone for %g s: %s", _REST, error)
 
 
+def replayed(entry: Entry, now: float, if_none_match: bytes) -> tuple[Message, Message]:
+    """Return the messages of a response that is answered from an entry.
+
+    now: on the cache's clock.
+    if_none_match: the request's header of this name.
+    """
+    age = max(0, int(now - entry.created))
+    headers = [
+        *entry.headers,
+        (b"age", b"%d" % age),
+        (b"cache-status", b"overdrive; hit; ttl=%d" % (entry.created + entry.ttl - now)),
+        (b"x-cache", b"hit"),
+    ]
+    status, body = entry.status, entry.body
+    if if_none_match and is_current(if_none_match, headers):
+        status, headers, body = 304, not_modified(headers), b""
+    start = {"type": "http.response.start", "status": status, "headers": headers}
+    return start, {"type": "http.response.body", "body": body}
+
+
+class Landed(Enum):
+    """What a flight brings that brings no response."""
+
+    #: A response that is not for others: each makes its own.
+    ALONE = "alone"
+    #: Nothing, as whoever was to make it has left: somebody else takes over.
+    NOWHERE = "nowhere"
+
+
+Landing = Entry | Exception | Landed
+
+
 class Exchange:
     """One request to a cached route, from its look-up to its storing.
 
+    if_none_match: the request's header of this name.
+
     The headers it adds are `Cache-Status` (RFC 9211), `X-Cache` (hit, miss or bypass), `Age` on a hit
-    (RFC 9111, section 5.1), and a `Cache-Control` that keeps browsers asking, where the endpoint sets none.
+    (RFC 9111, section 5.1), a strong `ETag` (RFC 9110, section 8.8.3), and a `Cache-Control` that keeps browsers
+    asking, where the endpoint sets none.
     """
 
     __slots__ = (
         "_cache",
         "_chunks",
+        "_flight",
+        "_if_none_match",
         "_mark",
+        "_not_modified",
+        "_start",
         "_status",
         "_storing",
         "context",
@@ -137,18 +215,25 @@ class Exchange:
         "policy",
     )
 
-    def __init__(self, cache: Cache, policy: Policy, key: str, context: RequestContext) -> None:
+    def __init__(
+        self, cache: Cache, policy: Policy, key: str, context: RequestContext, if_none_match: bytes = b""
+    ) -> None:
         self.policy = policy
         self.key = key
         self.context = context
         #: The instant before the first read of this request; a fill is refused what was written after it.
         self.instant: Instant | None = context.instant
+        #: The response's headers, as they are stored.
         self.headers: list[Header] = []
-        self._cache = cache
         #: What answers this request, once the look-up has found it.
         self.entry: Entry | None = None
+        self._cache = cache
+        self._if_none_match = if_none_match
         self._mark = "bypass"
         self._status = ""
+        self._flight: Flight[Landing] | None = None
+        self._start: Message | None = None
+        self._not_modified = False
         self._storing = False
         self._chunks: list[bytes] = []
 
@@ -174,16 +259,52 @@ class Exchange:
         """Note that the cache had no answer."""
         self._mark, self._status = "miss", f"fwd={kind}" + (f"; detail={detail}" if detail else "")
 
-    def hit(self, entry: Entry, now: float) -> None:
-        """Note that the cache had the answer."""
+    def hit(self, entry: Entry, now: float, *, collapsed: bool = False) -> None:
+        """Note that the cache had the answer, or got it meanwhile for another request."""
         self.entry, self._mark = entry, "hit"
-        self._status = f"hit; ttl={int(entry.created + entry.ttl - now)}"
+        self._status = "fwd=uri-miss; collapsed" if collapsed else f"hit; ttl={int(entry.created + entry.ttl - now)}"
+
+    def lead_or_follow(self) -> Flight[Landing] | None:
+        """Return the flight to wait for; None where this request goes ahead, for those that ask the same meanwhile."""
+        # A flight that left before a write brings what was read before it.
+        flight, leads = self._cache.flights.join((self.key, self.instant))
+        if not leads:
+            return flight
+        self._flight = flight
+        return None
 
     # What the response passes
 
-    def start(self, status: int, headers: Iterable[Header]) -> list[Header]:
-        """Return the response's headers as they are to be sent, and decide whether it will be stored."""
-        own = list(headers)
+    async def send(self, message: Message, send: Send) -> None:
+        """Send a message of the response on, marked, and keep what is to be kept."""
+        match message["type"]:
+            case "http.response.start":
+                self._start = message
+                if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
+                    await self._begin(send, None)
+            case "http.response.body":
+                chunk, more = message.get("body", b""), message.get("more_body", False)
+                if self._start is not None:
+                    await self._begin(send, None if more else chunk)
+                await self._pass_on(message, chunk, more, send)
+            case _:
+                if self._start is not None:
+                    await self._begin(send, None)
+                await send(message)
+
+    async def _begin(self, send: Send, body: bytes | None) -> None:
+        start, self._start = self._start, None
+        assert start is not None
+        headers = self._marked(start["status"], list(start.get("headers", ())), body)
+        if self._not_modified:
+            headers = not_modified(headers)
+        await send({**start, "status": 304 if self._not_modified else start["status"], "headers": headers})
+
+    def _marked(self, status: int, own: list[Header], body: bytes | None) -> list[Header]:
+        """Return the response's headers as they are to be sent, and decide whether it will be stored.
+
+        body: all of it, where that is known already.
+        """
         sent = list(own)
         if self.entry is not None and status != self.entry.status:
             # A dependency has failed on its way out, so this is not the stored answer.
@@ -191,14 +312,16 @@ class Exchange:
             self.bypass("status")
         self.context.cache_status = self._mark
         if self.entry is not None:
-            age = max(0, int(self._cache.clock() - self.entry.created))
-            sent.append((b"age", b"%d" % age))
+            sent.append((b"age", b"%d" % max(0, int(self._cache.clock() - self.entry.created))))
         else:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
             if self._mark == "miss":
                 self._decide(status, own)
                 self.headers = list(sent)
+                if status == 200 and body is not None:
+                    sent = with_etag(sent, body)
+        self._not_modified = status == 200 and body is not None and is_current(self._if_none_match, sent)
         return [
             *sent,
             (b"cache-status", f"overdrive; {self._status}".encode()),
@@ -222,10 +345,33 @@ class Exchange:
             return "unknown-reads"
         return reason_not_to_store(status, headers, self.policy, self._cache.max_body)
 
-    async def body(self, chunk: bytes, *, more: bool) -> None:
-        """Gather what is sent, and store it when that was all."""
+    async def _pass_on(self, message: Message, chunk: bytes, more: bool, send: Send) -> None:
         if self._storing:
             self._chunks.append(chunk)
-            if not more:
-                self._storing = False
-                await self._cache.fill(self, b"".join(self._chunks))
+        # A client that is slow to take its answer keeps nobody else waiting.
+        if not more and self._flight is not None and self._flight.awaited:
+            await self._keep()
+        await send({**message, "body": b""} if self._not_modified else message)
+        if not more:
+            await self._keep()
+
+    async def _keep(self) -> None:
+        """Store the response, now that all of it is there, and share it with those who wait."""
+        kept: Entry | None = None
+        if self._storing:
+            self._storing = False
+            kept = await self._cache.fill(self, b"".join(self._chunks))
+        self._end(kept or Landed.ALONE)
+
+    def fail(self, error: Exception) -> None:
+        """Share what the endpoint has raised with those who wait."""
+        self._end(error)
+
+    def leave(self) -> None:
+        """Let somebody else take over, if this request was to answer others and has not."""
+        self._end(Landed.NOWHERE)
+
+    def _end(self, landed: Landing) -> None:
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.end(landed)

@@ -23,6 +23,11 @@ class Invalidator:
         #: Each tag with its last write, as one may be written again while it is being announced.
         self._unannounced: dict[str, object] = {}
 
+    @property
+    def is_behind(self) -> bool:
+        """Say whether there are writes that the store has not been told of."""
+        return bool(self._unannounced)
+
     async def before(self, writes: frozenset[str]) -> frozenset[str]:
         """Carry the writes over the commit."""
         return writes

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 
+V = TypeVar("V")
+
 
 @dataclass(frozen=True, slots=True)
 class KeyPlan:
-    """What, besides host, path and query, tells one response of a route from another.
+    """What, besides host and path, tells one response of a route from another.
 
     fingerprint: of the response's schema and the route's policy, so that two releases never share entries.
     headers: names of the request headers the endpoint reads, in lower case.
     cookies: names of the cookies it reads.
     private: whether one of them says who is asking.
+    parameters: names of the query parameters it reads; None where it may read all of them.
     """
 
     fingerprint: str
     headers: tuple[str, ...] = ()
     cookies: tuple[str, ...] = ()
     private: bool = False
+    parameters: frozenset[str] | None = None
 
 
 def key_of(
@@ -40,6 +45,52 @@ def key_of(
     query: the raw query string; the order of different parameters does not matter, that of equal ones does.
     headers, cookies: the values of the plan's names, None where the request has none.
     """
-    parameters = sorted(parse_qsl(query, keep_blank_values=True), key=lambda pair: pair[0])
+    parameters = parse_qsl(query, keep_blank_values=True)
+    if plan.parameters is not None:
+        parameters = [pair for pair in parameters if pair[0] in plan.parameters]
+    parameters.sort(key=lambda pair: pair[0])
     parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies)
     return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
+
+
+class Shortcuts(Generic[V]):
+    """What was found out about requests, for others that say the same in the same bytes.
+
+    It is forgotten when there is too much of it: what a request says is up to the client.
+    """
+
+    _MOST = 10_000
+    _LONGEST_QUERY = 1_000
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[frozenset[bytes], dict[tuple[Any, ...], V]]] = {}
+        self._count = 0
+
+    def find(self, scope: Mapping[str, Any]) -> V | None:
+        """Return what is known of a request."""
+        known = self._known.get(_address(scope))
+        if known is None:
+            return None
+        names, values = known
+        return values.get(_pairs(scope, names))
+
+    def add(self, scope: Mapping[str, Any], headers: Collection[str], value: V) -> None:
+        """Remember what was found out by a request's address and these of its headers, by their names."""
+        if len(scope["query_string"]) > self._LONGEST_QUERY:
+            return
+        if self._count >= self._MOST:
+            self._known.clear()
+            self._count = 0
+        names = frozenset(name.encode("latin-1") for name in headers)
+        names, values = self._known.setdefault(_address(scope), (names, {}))
+        values[_pairs(scope, names)] = value
+        self._count += 1
+
+
+def _address(scope: Mapping[str, Any]) -> tuple[Any, ...]:
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    return host, scope["path"], scope["query_string"]
+
+
+def _pairs(scope: Mapping[str, Any], names: frozenset[bytes]) -> tuple[Any, ...]:
+    return tuple((name, value) for name, value in scope["headers"] if name in names) if names else ()

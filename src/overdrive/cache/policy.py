@@ -14,10 +14,19 @@ _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """One cached route: how long its responses are fresh (seconds), and what makes up their key."""
+    """One cached route.
+
+    ttl: seconds its responses are fresh.
+    plan: what makes up their key.
+    route: its template.
+    early: whether nothing but its parameters has a say in who gets them, so that a hit may be served before the
+        route's dependencies are resolved.
+    """
 
     ttl: float
     plan: KeyPlan
+    route: str | None = None
+    early: bool = False
 
 
 def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, max_body: int) -> str | None:
