@@ -32,8 +32,8 @@ from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 from starlette.middleware import Middleware
 from starlette.routing import Mount, compile_path
 
-from .cache.cache import Exchange
-from .cache.entry import Entry
+from .cache.cache import Cache, Exchange
+from .cache.conditional import if_none_match
 from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
 from .config import PaginationSettings
@@ -209,22 +209,22 @@ class Installation:
                 return template
         return getattr(scope.get("route"), "path", None)
 
-    def hit(self, scope: Any) -> tuple[Policy, Entry] | None:
-        """Return what answers a request without asking its route: one that was seen before, and is nobody's own."""
+    def known(self, scope: Any) -> tuple[Policy, str] | None:
+        """Return how a request's route is cached, and its key, where it may be answered without asking the route.
+
+        Such a request was seen before, and its response is nobody's own.
+        """
         if self.runtime is None or scope["type"] != "http" or scope["method"] != "GET":
             return None
         known = self._shortcuts.find(scope)
-        if known is None:
-            return None
-        policy, key, app = known
-        # An override of a test, or of a deployment, has its say where dependencies are resolved.
-        entry = self.runtime.cache.held(key) if not app.dependency_overrides else None
-        return (policy, entry) if entry is not None else None
+        # An override, of a test say, is asked where dependencies are resolved.
+        return (known[0], known[1]) if known is not None and not known[2].dependency_overrides else None
 
-    def cache_now(self) -> float:
-        """Return the time on the cache's clock."""
+    @property
+    def cache(self) -> Cache:
+        """Return the runtime's cache."""
         assert self.runtime is not None
-        return self.runtime.cache.clock()
+        return self.runtime.cache
 
     @property
     def is_innermost(self) -> bool:
@@ -416,6 +416,9 @@ def _look_up(
         if request.method != "GET":
             return
         context.route, context.policy, context.response = policy.route, policy, response
+        if context.exchange is not None:
+            # Looked up before the route was.
+            return
         key = key_of(
             plan,
             host=request.headers.get("host", ""),
@@ -426,8 +429,9 @@ def _look_up(
         )
         if policy.early:
             shortcuts.add(request.scope, plan.headers, (policy, key, site.app))
-        if_none_match = request.headers.get("if-none-match", "").encode("latin-1")
-        exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context, if_none_match)
+        exchange = context.exchange = Exchange(
+            context.runtime.cache, policy, key, context, if_none_match(request.scope["headers"])
+        )
         if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
             exchange.bypass("overridden-dependency")
         else:

@@ -18,7 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .cache.cache import replayed
+from .cache.cache import Exchange, replayed
+from .cache.conditional import if_none_match
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .pool.guard import CommitFailed, SendGuard
@@ -58,8 +59,10 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        if self._is_innermost and (hit := self._installation.hit(scope)) is not None:
-            await self._answer(*hit, scope, send)
+        known = self._installation.known(scope) if self._is_innermost else None
+        entry = self._installation.cache.held(known[1]) if known is not None else None
+        if known is not None and entry is not None:
+            await self._answer(known[0], entry, scope, send)
         else:
             await self._serve(scope, receive, send)
 
@@ -69,7 +72,7 @@ class Observer:
         installation = self._installation
         context = _context_of(scope, installation)
         _note_hit(context, policy, scope)
-        start, body = replayed(entry, installation.cache_now(), _if_none_match(scope))
+        start, body = replayed(entry, installation.cache.clock(), if_none_match(scope["headers"]))
         start["headers"].append((installation.request_id_header, context.request_id.encode()))
         context.status, context.bytes_sent = start["status"], len(body["body"])
         try:
@@ -166,10 +169,6 @@ def _note_hit(context: RequestContext, policy: Policy, scope: Scope) -> None:
         telemetry.route = policy.route
 
 
-def _if_none_match(scope: Scope) -> bytes:
-    return b", ".join(value for name, value in scope["headers"] if name == b"if-none-match")
-
-
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
     traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
     trace = _TRACEPARENT.fullmatch(traceparent)
@@ -201,13 +200,6 @@ class RequestPath:
         # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
         # looked for here.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        hit = self._installation.hit(scope)
-        if hit is not None:
-            policy, entry = hit
-            _note_hit(context, policy, scope)
-            for message in replayed(entry, self._installation.cache_now(), _if_none_match(scope)):
-                await send(message)
-            return
         try:
             if scope["type"] == "http":
                 await self._serve(context, scope, receive, send)
@@ -217,6 +209,15 @@ class RequestPath:
             context.route = context.route or self._installation.route_of(scope, path)
 
     async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+        if (known := self._installation.known(scope)) is not None:
+            policy, key = known
+            exchange = Exchange(self._installation.cache, policy, key, context, if_none_match(scope["headers"]))
+            await exchange.look_up()
+            if exchange.entry is not None:
+                _note_hit(context, policy, scope)
+                await exchange.answer(send)
+                return
+            context.exchange = exchange
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:

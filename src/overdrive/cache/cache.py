@@ -275,6 +275,13 @@ class Exchange:
 
     # What the response passes
 
+    async def answer(self, send: Send) -> None:
+        """Send the response that the look-up has found."""
+        entry = self.entry
+        assert entry is not None
+        await self.send({"type": "http.response.start", "status": entry.status, "headers": entry.headers}, send)
+        await self.send({"type": "http.response.body", "body": entry.body}, send)
+
     async def send(self, message: Message, send: Send) -> None:
         """Send a message of the response on, marked, and keep what is to be kept."""
         match message["type"]:

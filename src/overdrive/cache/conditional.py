@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from .policy import Header
@@ -21,15 +21,20 @@ def with_etag(headers: Sequence[Header], body: bytes) -> list[Header]:
     return [*headers, (b"etag", b'"%s"' % blake2b(body, digest_size=16).hexdigest().encode())]
 
 
-def is_current(if_none_match: bytes, headers: Sequence[Header]) -> bool:
+def if_none_match(headers: Iterable[Header]) -> bytes:
+    """Return what a request says of entity tags it has."""
+    return b", ".join(value for name, value in headers if name == b"if-none-match")
+
+
+def is_current(known: bytes, headers: Sequence[Header]) -> bool:
     """Say whether a client has what these headers describe already, by its `If-None-Match`."""
-    if not if_none_match:
+    if not known:
         return False
-    if if_none_match.strip() == b"*":
+    if known.strip() == b"*":
         return True
     etag = next((value for name, value in headers if name.lower() == b"etag"), b"")
     # Compared weakly (section 8.8.3.2): by the opaque tags alone.
-    return bool(_OPAQUE_TAG.findall(etag)) and _OPAQUE_TAG.findall(etag)[0] in _OPAQUE_TAG.findall(if_none_match)
+    return bool(_OPAQUE_TAG.findall(etag)) and _OPAQUE_TAG.findall(etag)[0] in _OPAQUE_TAG.findall(known)
 
 
 def not_modified(headers: Sequence[Header]) -> list[Header]:
