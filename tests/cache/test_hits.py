@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import httpx2
 import pytest
 from cache.service import Service, serve
-from fastapi import Depends, FastAPI, Header, HTTPException, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.routing import BaseRoute, Match
 from support import Item, client, recorded
 
-from overdrive import CursorPage, Overdrive, SessionDep, cached, paginate
+from overdrive import CursorPage, Overdrive, SessionDep, cached, get_session, paginate
 from overdrive.cache.key import Shortcuts
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.testing import Clock
@@ -160,12 +161,30 @@ async def test_switched_off_it_is_not_answered(service: Service) -> None:
 async def test_an_overridden_dependency_has_its_say(service: Service) -> None:
     assert await service.marks("/names", "/names") == ["miss", "hit"]
 
-    async def other() -> int:
+    async def own_session() -> AsyncIterator[AsyncSession]:
+        async with AsyncSession(service.overdrive.engine) as session:
+            yield session
+
+    service.app.dependency_overrides[get_session] = own_session
+    assert await service.marks("/names") == ["bypass"]
+
+
+async def test_a_route_that_is_found_by_more_than_its_address_is_asked(service: Service) -> None:
+    class ForTheBrave(APIRoute):
+        def matches(self, scope: Any) -> tuple[Match, Any]:
+            brave = (b"brave", b"yes") in scope["headers"]
+            return super().matches(scope) if brave else (Match.NONE, {})
+
+    router = APIRouter(route_class=ForTheBrave)
+
+    @router.get("/den")
+    @cached
+    async def den() -> int:
         return 1
 
-    service.app.dependency_overrides[add_one] = other
-    # Of another route: this one is answered, behind its dependencies.
-    assert await service.marks("/names") == ["hit"]
+    service.app.include_router(router)
+    answers = [await service.get("/den", headers={"brave": brave}) for brave in ("yes", "yes", "no")]
+    assert [each.status_code for each in answers] == [200, 200, 404]
 
 
 async def test_what_depends_on_anything_else_is_asked_first(service: Service) -> None:
