@@ -331,7 +331,8 @@ def test_inspecting_an_app() -> None:
     treatments = dict(line.strip().split("  ", 1) for line in routes.splitlines()[1:])
     assert {route: treatment.strip() for route, treatment in treatments.items()} == {
         "GET /items": "page by number; cached 30 s; async session",
-        "GET /whole": "not cached: whole() takes the whole request, and nobody can tell what it reads of it",
+        "GET /whole": "not cached: whole() takes the whole request, and nobody can tell what it reads of it: say so by "
+        "declare(whole, principal=...) or declare(whole, ignore=True)",
         "GET /plain": "sync session",
         "POST /items": "async session; async session factory",
         "WEBSOCKET /live": "async session factory",

@@ -363,7 +363,7 @@ async def test_services_of_two_databases_share_a_redis_and_no_entries(
 
 def test_a_new_password_is_no_other_database(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(installer, "cache_route", lambda _site, _ttl, database, _shortcuts: seen.append(database))
+    monkeypatch.setattr(installer, "cache_route", lambda *arguments: seen.append(arguments[3]))
     for password in ("old", "new"):
         app = FastAPI()
         Overdrive(app, database_url=f"postgresql+asyncpg://user:{password}@host/name", cache=True)

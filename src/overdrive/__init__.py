@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .endpoint import SyncSessionDep as SyncSessionDep
     from .endpoint import SyncSessionFactoryDep as SyncSessionFactoryDep
     from .endpoint import cached as cached
+    from .endpoint import declare as declare
     from .endpoint import get_session as get_session
     from .endpoint import get_session_factory as get_session_factory
     from .endpoint import get_sync_session as get_sync_session
@@ -60,6 +61,7 @@ _MODULES = {
         "SyncSessionDep",
         "SyncSessionFactoryDep",
         "cached",
+        "declare",
         "get_session",
         "get_session_factory",
         "get_sync_session",

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import anyio.to_thread
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -38,6 +38,9 @@ class Overdrive:
     session_class: of the sessions, where no `sessionmaker` is given (SQLModel's, say).
     engines: further engines by name, for `RequestSession("name")`.
     cache: False switches the cache off, True on even under pytest.
+    tenant: says whose data a request is about, where the app has several tenants: their name, or None where that is
+        nobody's. A cached response and a cursor are good for their tenant alone, and without one nothing is cached.
+        It is called inside the app's own middlewares, so that it may read what these have found out.
 
     Raises `ConfigurationError` for a setting that cannot work. Nothing is connected before it is used.
     """
@@ -55,7 +58,9 @@ class Overdrive:
         session_class: type[AsyncSession] = AsyncSession,
         engines: Mapping[str, AsyncEngine] | None = None,
         cache: bool | None = None,
+        tenant: Callable[[Request], str | None] | None = None,
     ) -> None:
+        self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
         self.cache = _cache(self.settings, cache)
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -326,7 +326,7 @@ def _treatment(site: Site, overdrive: Overdrive) -> Iterator[str]:
             yield _PAGES[style]
         if (mark := getattr(site.route.endpoint, CACHED, None)) is not None:
             ttl = mark.ttl or overdrive.cache.ttl
-            plan = key_plan(site, ttl)
+            plan = key_plan(site, mark, ttl)
             yield f"not cached: {plan}" if isinstance(plan, str) else f"cached {ttl:g} s"
     calls = {type(site.resolved(dependant.call)) for dependant in site.graph()}
     yield from (name for kind, name in _SESSIONS.items() if kind in calls)

@@ -74,6 +74,7 @@ class RequestContext:
         "span_id",
         "statements",
         "status",
+        "tenant",
         "trace_id",
         "work",
         "wrote",
@@ -102,6 +103,8 @@ class RequestContext:
         #: The `Overdrive` that serves this request.
         self.runtime = runtime
 
+        #: Whose data the request is about, where the app has tenants.
+        self.tenant: str | None = None
         #: How the matched route is cached, if it is.
         self.policy: Any = None
         #: The sessions to be ended before the first byte.

@@ -5,8 +5,9 @@ Annotations here are read by FastAPI at run time, so this module does not postpo
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 from fastapi import Depends, Response
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -25,8 +26,9 @@ from .pool.session import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The attribute by which `cached` marks an endpoint; the installer looks for it.
+#: The attributes by which `cached` marks an endpoint, and `declare` a dependency; the installer looks for them.
 CACHED = "__overdrive_cached__"
+DECLARED = "__overdrive_declared__"
 
 
 # Sessions
@@ -139,16 +141,23 @@ def _request(what: str, instead: str) -> RequestContext:
 @overload
 def cached(endpoint: F, /) -> F: ...
 @overload
-def cached(*, ttl: float | timedelta | None = None) -> Callable[[F], F]: ...
-def cached(endpoint: Any = None, /, *, ttl: float | timedelta | None = None) -> Any:
+def cached(*, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None) -> Callable[[F], F]: ...
+def cached(
+    endpoint: Any = None, /, *, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None
+) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
     ttl: seconds (or a `timedelta`) a response is fresh; left out, the setting `cache.ttl` decides.
+    scope: "public" says that everybody gets the same response, whoever is asking: then a hit is answered before
+        the route's dependencies, those that authenticate among them. Left out, a response belongs to whoever the
+        route's dependencies read the identity of, and they run first.
 
     It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
     `ConfigurationError` for a `ttl` that is not positive.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    if scope not in (None, "public"):
+        raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
 
@@ -157,16 +166,41 @@ def cached(endpoint: Any = None, /, *, ttl: float | timedelta | None = None) -> 
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, Mark(seconds))
+        setattr(function, CACHED, Mark(seconds, scope == "public"))
         return function
 
     return mark if endpoint is None else mark(endpoint)
 
 
+@dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint: seconds to live, or None for the setting's."""
+    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, and whose responses are."""
 
-    __slots__ = ("ttl",)
+    ttl: float | None
+    public: bool
 
-    def __init__(self, ttl: float | None) -> None:
-        self.ttl = ttl
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What `declare` was told of a dependency."""
+
+    principal: Callable[[Any], Any] | None
+
+
+def declare(
+    dependency: Callable[..., Any], *, principal: Callable[[Any], Any] | None = None, ignore: bool = False
+) -> None:
+    """Say what a dependency has to do with the responses of cached routes, where its parameters do not tell.
+
+    That is so where it takes the whole `Request`: such a route is not cached until it is declared, once.
+
+    principal: a function from what the dependency returns to text, or a number, that says who is asking. Each has
+        entries of their own, whatever credential they come with; one for whom it is None has those of nobody. The
+        dependency runs on a hit, too.
+    ignore: it may refuse a request, and has no say in what is answered.
+
+    Raises `ConfigurationError` unless one of the two is given.
+    """
+    if (principal is None) is not ignore:
+        raise ConfigurationError("declare() takes either principal=, a function, or ignore=True")
+    setattr(dependency, DECLARED, Declaration(principal))

@@ -17,10 +17,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from multiprocessing import parent_process
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, get_args
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, routing
 from fastapi import __version__ as fastapi_version
@@ -40,6 +40,9 @@ from .config import PaginationSettings
 from .context import RequestContext, current
 from .endpoint import (
     CACHED,
+    DECLARED,
+    Declaration,
+    Mark,
     RequestSession,
     SessionFactory,
     SyncRequestSession,
@@ -54,6 +57,9 @@ if TYPE_CHECKING:
     from .app import Overdrive
 
 logger = logging.getLogger("overdrive")
+
+#: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
+KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
 
 _OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
 
@@ -127,7 +133,7 @@ class Installation:
         self.logs_events = False
         self._installed = False
         #: Of requests that were seen before: how their route is cached, and under which key.
-        self._shortcuts: Shortcuts[tuple[Policy, str, FastAPI]] = Shortcuts()
+        self._shortcuts: KnownRequests = Shortcuts()
         #: By the id of a route's dependant, which is kept here so that no other gets its id.
         self._prepared: dict[int, Any] = {}
         #: By the id of an endpoint: it need not be hashable.
@@ -209,14 +215,22 @@ class Installation:
                 return template
         return getattr(scope.get("route"), "path", None)
 
-    def known(self, scope: Any) -> tuple[Policy, str] | None:
+    def tenant_of(self, scope: Any) -> str | None:
+        """Return whose data a request is about, where the app has tenants."""
+        if self.runtime is None or self.runtime.tenant is None or scope["type"] != "http":
+            return None
+        return self.runtime.tenant(Request(scope))
+
+    def known(self, scope: Any, tenant: str | None) -> tuple[Policy, str] | None:
         """Return how a request's route is cached, and its key, where it may be answered without asking the route.
 
         Such a request was seen before, and its response is nobody's own.
         """
         if self.runtime is None or scope["type"] != "http" or scope["method"] != "GET":
             return None
-        known = self._shortcuts.find(scope)
+        if tenant is None and self.runtime.tenant is not None:
+            return None
+        known = self._shortcuts.find(scope, tenant)
         # An override, of a test say, is asked where dependencies are resolved.
         return (known[0], known[1]) if known is not None and not known[2].dependency_overrides else None
 
@@ -275,7 +289,7 @@ class Installation:
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
             try:
-                cache_route(site, mark.ttl or self.runtime.cache.ttl, database, self._shortcuts)
+                cache_route(site, mark, mark.ttl or self.runtime.cache.ttl, database, self._shortcuts)
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
@@ -387,17 +401,24 @@ def add_dependency(site: Site, dependency: Callable[..., Any]) -> None:
 # Cached routes
 
 
-def cache_route(site: Site, ttl: float, database: str, shortcuts: Shortcuts[tuple[Policy, str, FastAPI]]) -> None:
+def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:
     """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
-    plan = key_plan(site, ttl, database)
+    plan = key_plan(site, mark, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
         return
     calls = [dependant.call for dependant in site.dependencies()]
     # A route that is found by more than its address is found by the router alone.
     by_address = type(site.route.original_route).matches is APIRoute.matches
-    early = by_address and not plan.private and all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
-    add_dependency(site, _look_up(site, Policy(ttl, plan, site.template, early), calls, shortcuts))
+    alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
+    policy = Policy(ttl, plan, site.template, early=by_address and (mark.public or (alone and not plan.private)))
+    asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
+    add_dependency(
+        site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
+    )
+    # The same dependants, so that each is resolved once.
+    last = site.route.dependant.dependencies[-1]
+    last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
 
 
@@ -405,13 +426,18 @@ def _is_of_pages(call: Any) -> bool:
     return getattr(call, "__module__", "") == page_dependency.__module__
 
 
+def _principal_of(call: Any) -> Callable[[Any], Any] | None:
+    declaration: Declaration | None = getattr(call, DECLARED, None)
+    return declaration.principal if declaration is not None else None
+
+
 def _look_up(
-    site: Site, policy: Policy, calls: list[Any], shortcuts: Shortcuts[tuple[Policy, str, FastAPI]]
+    site: Site, policy: Policy, calls: list[Any], shortcuts: KnownRequests, principals: list[Any]
 ) -> Callable[..., Any]:
     """Return the dependency that looks the response up: resolved last, so that authentication has run."""
     plan = policy.plan
 
-    async def look_up(request: Request, response: Response) -> None:
+    async def look_up(request: Request, response: Response, **asking: Any) -> None:
         context = _context()
         if request.method != "GET":
             return
@@ -426,17 +452,24 @@ def _look_up(
             query=context.query,
             headers=[request.headers.getlist(name) for name in plan.headers],
             cookies=[request.cookies.get(name) for name in plan.cookies],
+            principals=[principal(value) for principal, value in zip(principals, asking.values(), strict=True)],
+            tenant=context.tenant,
         )
         if policy.early:
-            shortcuts.add(request.scope, plan.headers, (policy, key, site.app))
+            shortcuts.add(request.scope, context.tenant, plan.headers, (policy, key, site.app))
         exchange = context.exchange = Exchange(
             context.runtime.cache, policy, key, context, if_none_match(request.scope["headers"])
         )
         if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
             exchange.bypass("overridden-dependency")
+        elif context.tenant is None and context.runtime.tenant is not None:
+            exchange.bypass("no-tenant")
         else:
             await exchange.look_up()
 
+    # FastAPI would make a parameter of the principals.
+    own = list(inspect.signature(look_up).parameters.values())[:2]
+    look_up.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     return look_up
 
 
@@ -485,7 +518,7 @@ def _context() -> RequestContext:
     return context
 
 
-def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
+def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan | str:
     """Read from the dependency graph what tells one response of a route from another, or why that is unknowable.
 
     database: the address of the default engine's, so that services that share a store do not share entries.
@@ -494,12 +527,15 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
     cookies: set[str] = set()
     parameters: set[str] | None = set()
     private = False
-    for dependant in site.graph():
+    for dependant in _graph(site, mark):
         if _is_of_pages(dependant.call):
             # It puts the whole address into links and cursors.
             parameters = None
             continue
         if isinstance(dependant.call, _OURS):
+            continue
+        if _principal_of(dependant.call):
+            private = True
             continue
         if isinstance(dependant.call, SecurityBase):
             read = _credential(dependant.call)
@@ -520,6 +556,23 @@ def key_plan(site: Site, ttl: float, database: str = "") -> KeyPlan | str:
     names = frozenset(parameters) if parameters is not None else None
     fingerprint = _fingerprint(site.route, ttl, database)
     return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names)
+
+
+def _graph(site: Site, mark: Mark) -> Iterator[Any]:
+    """Walk what has a say in a route's responses.
+
+    Where a dependency says who is asking, what it reads of the request to find out has none; where everybody gets
+    the same, neither it nor a security scheme has.
+    """
+    pending = [site.route.dependant]
+    while pending:
+        dependant = pending.pop()
+        names_principal = _principal_of(dependant.call) is not None
+        if mark.public and (names_principal or isinstance(dependant.call, SecurityBase)):
+            continue
+        yield dependant
+        if not names_principal:
+            pending += dependant.dependencies
 
 
 def _takes_others(parameter: Any) -> bool:
@@ -563,8 +616,12 @@ def _credential(scheme: SecurityBase) -> tuple[str, str] | None:
 def _unknowable(dependant: Any) -> str | None:
     """Say why what a dependency takes cannot be put into a key."""
     name = getattr(dependant.call, "__name__", type(dependant.call).__name__)
-    if dependant.request_param_name or dependant.http_connection_param_name:
-        return f"{name}() takes the whole request, and nobody can tell what it reads of it"
+    takes_all = dependant.request_param_name or dependant.http_connection_param_name
+    if takes_all and getattr(dependant.call, DECLARED, None) is None:
+        return (
+            f"{name}() takes the whole request, and nobody can tell what it reads of it: say so by "
+            f"declare({name}, principal=...) or declare({name}, ignore=True)"
+        )
     if dependant.background_tasks_param_name:
         return f"{name}() takes BackgroundTasks, which a stored response would not start"
     if dependant.body_params:

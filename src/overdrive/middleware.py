@@ -59,7 +59,9 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        known = self._installation.known(scope) if self._is_innermost else None
+        known = None
+        if self._is_innermost:
+            known = self._installation.known(scope, self._installation.tenant_of(scope))
         entry = self._installation.cache.held(known[1]) if known is not None else None
         if known is not None and entry is not None:
             await self._answer(known[0], entry, scope, send)
@@ -209,7 +211,8 @@ class RequestPath:
             context.route = context.route or self._installation.route_of(scope, path)
 
     async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
-        if (known := self._installation.known(scope)) is not None:
+        context.tenant = self._installation.tenant_of(scope)
+        if (known := self._installation.known(scope, context.tenant)) is not None:
             policy, key = known
             exchange = Exchange(self._installation.cache, policy, key, context, if_none_match(scope["headers"]))
             await exchange.look_up()

@@ -400,9 +400,11 @@ def _link(context: RequestContext, asked: Asked, found: Found) -> None:
 
 
 def _binding(context: RequestContext | None) -> bytes:
-    """Bind a cursor to the style of the page, and to all of the request's address but the cursor and the size."""
+    """Bind a cursor to the tenant, the style of the page, and all of the address but the cursor and the size."""
     if context is None:
         return b""
     parameters = parse_qsl(context.query, keep_blank_values=True)
     filters = sorted(pair for pair in parameters if pair[0] not in ("cursor", "size"))
-    return blake2b(msgspec.msgpack.encode((context.path, context.page_style, filters)), digest_size=16).digest()
+    return blake2b(
+        msgspec.msgpack.encode((context.path, context.page_style, filters, context.tenant)), digest_size=16
+    ).digest()

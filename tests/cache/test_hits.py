@@ -237,12 +237,12 @@ def test_shortcuts_are_bounded() -> None:
     def scope(query: bytes) -> dict[str, Any]:
         return {"headers": [(b"host", b"h")], "path": "/", "query_string": query}
 
-    shortcuts.add(scope(b"x" * 2_000), (), 1)
-    assert shortcuts.find(scope(b"x" * 2_000)) is None
+    shortcuts.add(scope(b"x" * 2_000), None, (), 1)
+    assert shortcuts.find(scope(b"x" * 2_000), None) is None
     for number in range(Shortcuts._MOST + 1):
-        shortcuts.add(scope(b"%d" % number), (), number)
-    assert shortcuts.find(scope(b"%d" % Shortcuts._MOST)) == Shortcuts._MOST
-    assert shortcuts.find(scope(b"0")) is None
+        shortcuts.add(scope(b"%d" % number), None, (), number)
+    assert shortcuts.find(scope(b"%d" % Shortcuts._MOST), None) == Shortcuts._MOST
+    assert shortcuts.find(scope(b"0"), None) is None
 
 
 # What the client has already

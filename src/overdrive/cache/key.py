@@ -39,17 +39,21 @@ def key_of(
     query: str,
     headers: Sequence[Sequence[str]],
     cookies: Sequence[str | None],
+    principals: Sequence[str | int | None] = (),
+    tenant: str | None = None,
 ) -> str:
     """Return the key as 32 hexadecimal digits.
 
     query: the raw query string; the order of different parameters does not matter, that of equal ones does.
     headers, cookies: the values of the plan's names, None where the request has none.
+    principals: who is asking, by each of the route's dependencies that says so.
+    tenant: whose data the request is about, where an app has several.
     """
     parameters = parse_qsl(query, keep_blank_values=True)
     if plan.parameters is not None:
         parameters = [pair for pair in parameters if pair[0] in plan.parameters]
     parameters.sort(key=lambda pair: pair[0])
-    parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies)
+    parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies, principals, tenant)
     return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
 
 
@@ -66,15 +70,15 @@ class Shortcuts(Generic[V]):
         self._known: dict[tuple[Any, ...], tuple[frozenset[bytes], dict[tuple[Any, ...], V]]] = {}
         self._count = 0
 
-    def find(self, scope: Mapping[str, Any]) -> V | None:
+    def find(self, scope: Mapping[str, Any], tenant: str | None) -> V | None:
         """Return what is known of a request."""
-        known = self._known.get(_address(scope))
+        known = self._known.get(_address(scope, tenant))
         if known is None:
             return None
         names, values = known
         return values.get(_pairs(scope, names))
 
-    def add(self, scope: Mapping[str, Any], headers: Collection[str], value: V) -> None:
+    def add(self, scope: Mapping[str, Any], tenant: str | None, headers: Collection[str], value: V) -> None:
         """Remember what was found out by a request's address and these of its headers, by their names."""
         if len(scope["query_string"]) > self._LONGEST_QUERY:
             return
@@ -82,14 +86,14 @@ class Shortcuts(Generic[V]):
             self._known.clear()
             self._count = 0
         names = frozenset(name.encode("latin-1") for name in headers)
-        names, values = self._known.setdefault(_address(scope), (names, {}))
+        names, values = self._known.setdefault(_address(scope, tenant), (names, {}))
         values[_pairs(scope, names)] = value
         self._count += 1
 
 
-def _address(scope: Mapping[str, Any]) -> tuple[Any, ...]:
+def _address(scope: Mapping[str, Any], tenant: str | None) -> tuple[Any, ...]:
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")
-    return host, scope["path"], scope["query_string"]
+    return tenant, host, scope["path"], scope["query_string"]
 
 
 def _pairs(scope: Mapping[str, Any], names: frozenset[bytes]) -> tuple[Any, ...]:
