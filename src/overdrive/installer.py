@@ -36,6 +36,7 @@ from .cache.cache import Cache, Exchange
 from .cache.conditional import if_none_match
 from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
+from .cache.values import call_tag
 from .config import PaginationSettings
 from .context import RequestContext, current
 from .endpoint import (
@@ -465,6 +466,7 @@ def _look_up(
         elif context.tenant is None and context.runtime.tenant is not None:
             exchange.bypass("no-tenant")
         else:
+            context.reads.tags.add(call_tag(site.endpoint, request.path_params))
             await exchange.look_up()
 
     # FastAPI would make a parameter of the principals.

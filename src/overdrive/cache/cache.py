@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from enum import Enum
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
+from typing import Any, ParamSpec, TypeVar, overload
 
 from overdrive.context import RequestContext
 
 from .conditional import is_current, not_modified, with_etag
 from .entry import FORMAT, Entry, Instant, State
-from .flight import Flight, Flights
+from .flight import Flight, Flights, Landed, Landing
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
+from .values import Values, call_tag, is_memoized, memoized_tag
 
 logger = logging.getLogger("overdrive")
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -56,6 +60,7 @@ class Cache:
         self.clock = clock
         self.invalidator = Invalidator(store)
         self.flights: Flights[Landing] = Flights()
+        self._values = Values(self)
         self._resting_until = 0.0
         self._complained: set[tuple[str | None, str]] = set()
 
@@ -67,9 +72,63 @@ class Cache:
         """Drop every entry, in every worker that shares the store."""
         await self.store.clear()
 
-    async def invalidate(self, *tags: str) -> None:
-        """Drop every entry that read one of `tags`: a table's name, or `engine/table` for another engine's."""
-        await self.invalidator.announce([tag if "/" in tag else f"default/{tag}" for tag in tags])
+    @overload
+    async def invalidate(self, *tags: str) -> None: ...
+    @overload
+    async def invalidate(self, function: Callable[..., Any], /, *args: Any, **arguments: Any) -> None: ...
+    async def invalidate(self, *what: Any, **arguments: Any) -> None:
+        """Drop entries, in every worker that shares the store.
+
+        tags: names of what they read: a table, or `engine/table` for another engine's, or a tag of one's own.
+        function, arguments: an endpoint and its path parameters, or a function that `memoize` has wrapped and its
+            arguments: what was kept of that call.
+        """
+        if what and callable(what[0]):
+            function = inspect.unwrap(what[0])
+            if is_memoized(what[0]):
+                tag = memoized_tag(function, *what[1:], **arguments)
+            else:
+                tag = call_tag(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
+            await self.invalidator.announce([tag])
+        else:
+            await self.invalidator.announce(self.tags_of(what))
+
+    @staticmethod
+    def tags_of(names: Iterable[str]) -> list[str]:
+        """Return tags as they are stamped: a table's name alone is one of the default engine's."""
+        return [name if "/" in name else f"default/{name}" for name in names]
+
+    async def get_or_set(
+        self,
+        key: str,
+        load: Callable[[], Awaitable[T]],
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        type: type[T] | Any = Any,  # noqa: A002
+    ) -> T:
+        """Return the value kept under `key`; where there is none, what `load` gives, which is kept.
+
+        load: a coroutine function without parameters. What it reads through observed engines outdates its value when
+            it is written, as with responses; who misses it at the same time waits for one execution.
+        ttl: seconds it is fresh; left out, the setting `cache.ttl` decides.
+        tags: what outdates it besides, by `invalidate`.
+        type: what msgspec makes of the stored value: a struct, a dataclass, `list[int]`; left out, plain data.
+
+        A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
+        msgspec cannot write or read.
+        """
+        value: T = await self._values.get_or_set(key, load, type_=type, ttl=ttl, tags=self.tags_of(tags))
+        return value
+
+    def memoize(
+        self, *, ttl: float | None = None, tags: Collection[str] = ()
+    ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+        """Keep what a coroutine function returns, by its arguments; typed by its return annotation.
+
+        ttl, tags: see `get_or_set`.
+        """
+        return lambda function: self._values.memoize(function, ttl, tags)
 
     def seen(self) -> Instant | None:
         """Return the write clock as this process last saw it, without asking anyone."""
@@ -87,7 +146,7 @@ class Cache:
             await self.invalidator.catch_up()
             await self._load(exchange)
         except StoreUnavailable as error:
-            self._rest(error)
+            self.rest(error)
             exchange.bypass("store-unavailable")
 
     def held(self, key: str) -> Entry | None:
@@ -128,19 +187,39 @@ class Cache:
 
     async def fill(self, exchange: Exchange, body: bytes) -> Entry | None:
         """Store a response, unless something it read has been written since; return what was stored."""
-        instant, tags = exchange.instant, exchange.context.reads.tags
+        instant, policy = exchange.instant, exchange.policy
         if instant is None:
             return None
+        return await self.keep(
+            exchange.key,
+            policy.plan.fingerprint,
+            instant,
+            exchange.context.reads.tags,
+            policy.ttl,
+            headers=with_etag(exchange.headers, body),
+            body=body,
+        )
+
+    async def keep(
+        self,
+        key: str,
+        fingerprint: str,
+        instant: Instant,
+        tags: Collection[str],
+        ttl: float,
+        *,
+        headers: list[Header],
+        body: bytes,
+    ) -> Entry | None:
+        """Store what was read after `instant`, unless one of its tags was written since; return what was stored."""
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
                 return None
-            plan, ttl = exchange.policy.plan, exchange.policy.ttl
-            headers = with_etag(exchange.headers, body)
-            entry = Entry(FORMAT, plan.fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
-            await self.store.save(exchange.key, entry, ttl)
+            entry = Entry(FORMAT, fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
+            await self.store.save(key, entry, ttl)
         except StoreUnavailable as error:
-            self._rest(error)
+            self.rest(error)
             return None
         return entry
 
@@ -150,7 +229,8 @@ class Cache:
             self._complained.add((route, reason))
             logger.warning("%s is marked @cached but its response cannot be: %s", route, reason)
 
-    def _rest(self, error: StoreUnavailable) -> None:
+    def rest(self, error: StoreUnavailable) -> None:
+        """Leave a store that did not answer alone for a while."""
         self._resting_until = time.monotonic() + _REST
         logger.warning("the cache's store does not answer and is left alone for %g s: %s", _REST, error)
 
@@ -173,18 +253,6 @@ def replayed(entry: Entry, now: float, if_none_match: bytes) -> tuple[Message, M
         status, headers, body = 304, not_modified(headers), b""
     start = {"type": "http.response.start", "status": status, "headers": headers}
     return start, {"type": "http.response.body", "body": body}
-
-
-class Landed(Enum):
-    """What a flight brings that brings no response."""
-
-    #: A response that is not for others: each makes its own.
-    ALONE = "alone"
-    #: Nothing, as whoever was to make it has left: somebody else takes over.
-    NOWHERE = "nowhere"
-
-
-Landing = Entry | Exception | Landed
 
 
 class Exchange:

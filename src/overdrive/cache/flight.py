@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from enum import Enum
+from typing import Generic, TypeAlias, TypeVar
+
+from .entry import Entry
 
 T = TypeVar("T")
+
+
+class Landed(Enum):
+    """What a flight brings that brings no response."""
+
+    #: A response that is not for others: each makes its own.
+    ALONE = "alone"
+    #: Nothing, as whoever was to make it has left: somebody else takes over.
+    NOWHERE = "nowhere"
+
+
+Landing: TypeAlias = Entry | Exception | Landed
 
 
 class Flights(Generic[T]):

@@ -1,0 +1,154 @@
+"""Values of one's own functions, kept under the same promises as responses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
+
+import msgspec
+
+from overdrive.context import Reads, collecting, collectors, current
+from overdrive.errors import ConfigurationError
+
+from .entry import Entry, Instant, State
+from .flight import Flight, Flights, Landed, Landing
+from .store import StoreUnavailable
+
+if TYPE_CHECKING:
+    from .cache import Cache
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+Load = Callable[[], Awaitable[Any]]
+
+
+def call_tag(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """Return the tag of what a function, or an endpoint with these path parameters, gives for these arguments."""
+    parts = function.__module__, function.__qualname__, sorted((name, str(value)) for name, value in arguments.items())
+    return f"call/{_digest(parts)}"
+
+
+def memoized_tag(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return the tag of what a function gives, by all of its arguments, which 1 and "1" are not the same of."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return call_tag(function, {name: repr(value) for name, value in bound.arguments.items()})
+
+
+def _digest(parts: Any) -> str:
+    return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
+
+
+_MEMOIZED = "__overdrive_memoized__"
+
+
+def is_memoized(function: Callable[..., Any]) -> bool:
+    """Say whether `memoize` has wrapped a function."""
+    return hasattr(function, _MEMOIZED)
+
+
+class Values:
+    """The values a cache keeps."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._flights: Flights[Landing] = Flights()
+
+    async def get_or_set(self, key: str, load: Load, *, type_: Any, ttl: float | None, tags: Collection[str]) -> Any:
+        """Return the value that is kept under `key`, or what `load` gives."""
+        context = current()
+        if not self._cache.enabled or (context is not None and context.wrote):
+            return await load()
+        name, fingerprint = f"value:{_digest(key)}", repr(type_)
+        while True:
+            try:
+                entry, instant = await self._find(name, fingerprint)
+            except StoreUnavailable as unavailable:
+                self._cache.rest(unavailable)
+                return await load()
+            if entry is None:
+                flight, leads = self._flights.join((name, instant))
+                if leads:
+                    return await self._lead(flight, load, type_, tags, (name, fingerprint, instant, ttl))
+                match await flight.landing():
+                    case Entry() as landed:
+                        entry = landed
+                    case Exception() as error:
+                        raise error
+                    case Landed.ALONE:
+                        return await load()
+                    case Landed.NOWHERE:
+                        continue
+            for reads in collectors():
+                reads.tags |= entry.versions.keys()
+            return msgspec.msgpack.decode(entry.body, type=type_)
+
+    async def _find(self, name: str, fingerprint: str) -> tuple[Entry | None, Instant]:
+        await self._cache.invalidator.catch_up()
+        entry, instant, versions = await self._cache.store.load(name, fingerprint)
+        fresh = entry is not None and entry.state(self._cache.clock(), instant.epoch, versions) is State.FRESH
+        return (entry if fresh else None), instant
+
+    async def _lead(
+        self,
+        flight: Flight[Landing],
+        load: Load,
+        type_: Any,
+        tags: Collection[str],
+        where: tuple[str, str, Instant, float | None],
+    ) -> Any:
+        landed: Landing = Landed.NOWHERE
+        try:
+            with collecting() as reads:
+                value = await load()
+            try:
+                body = msgspec.msgpack.encode(value)
+                # What is returned is the same each time, whether it was kept or not.
+                value = msgspec.msgpack.decode(body, type=type_)
+            except (TypeError, msgspec.MsgspecError) as error:
+                raise ConfigurationError(
+                    f"a {type(value).__name__} cannot be kept as {type_!r}: msgspec has to write and read it ({error})"
+                ) from error
+            landed = await self._keep(reads, tags, where, body) or Landed.ALONE
+        except Exception as error:
+            landed = error
+            raise
+        finally:
+            flight.end(landed)
+        return value
+
+    async def _keep(
+        self, reads: Reads, tags: Collection[str], where: tuple[str, str, Instant, float | None], body: bytes
+    ) -> Entry | None:
+        name, fingerprint, instant, ttl = where
+        # Reads nobody can name make a value that nobody can outdate, unless it says by what.
+        if reads.unknown and not tags:
+            return None
+        return await self._cache.keep(
+            name, fingerprint, instant, reads.tags | set(tags), ttl or self._cache.ttl, headers=[], body=body
+        )
+
+    def memoize(
+        self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str]
+    ) -> Callable[P, Awaitable[T]]:
+        """Return the function, answered from the cache."""
+        if not inspect.iscoroutinefunction(function):
+            raise ConfigurationError(f"memoize() takes a coroutine function, and {function!r} is none")
+        type_: Any = None
+
+        @functools.wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            nonlocal type_
+            if type_ is None:
+                type_ = get_type_hints(function).get("return", Any)
+            own = memoized_tag(function, *args, **kwargs)
+            load = functools.partial(function, *args, **kwargs)
+            value: T = await self.get_or_set(own, load, type_=type_, ttl=ttl, tags=self._cache.tags_of([*tags, own]))
+            return value
+
+        setattr(call, _MEMOIZED, True)
+        return call

@@ -1,0 +1,243 @@
+"""Values of one's own functions: kept, typed, outdated by what they read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+from cache.service import Service
+from sqlalchemy import func, insert, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from support import Item
+
+from overdrive import ConfigurationError, SessionDep, cached
+from overdrive.testing import Clock
+
+pytestmark = pytest.mark.anyio
+
+
+class Names(msgspec.Struct):
+    names: list[str]
+
+
+@dataclass
+class Point:
+    x: int
+    y: float
+
+
+def reading(service: Service, ran: list[int]) -> Callable[[], Any]:
+    async def load() -> Names:
+        ran.append(1)
+        async with service.overdrive.session() as db:
+            return Names(list(await db.scalars(select(Item.name).order_by(Item.id))))
+
+    return load
+
+
+async def add_one(db: AsyncSession) -> None:
+    await db.execute(insert(Item).values(name="new"))
+
+
+async def test_a_value_is_kept_until_what_it_read_is_written(service: Service) -> None:
+    cache, ran = service.overdrive.cache, list[int]()
+    load = reading(service, ran)
+    for _ in range(2):
+        assert await cache.get_or_set("names", load, type=Names) == Names(["first"])
+    assert len(ran) == 1
+    await service.write(add_one)
+    assert await cache.get_or_set("names", load, type=Names) == Names(["first", "new"])
+    assert len(ran) == 2
+
+
+async def test_it_expires_and_is_dropped_by_tags_of_ones_own(service: Service) -> None:
+    cache, ran = service.overdrive.cache, list[int]()
+    clock = cache.clock = Clock()
+
+    async def load() -> int:
+        ran.append(1)
+        return len(ran)
+
+    async def value() -> int:
+        return await cache.get_or_set("count", load, ttl=10, tags=["rates"])
+
+    assert [await value(), await value()] == [1, 1]
+    clock.tick(11)
+    assert [await value(), await value()] == [2, 2]
+    await cache.invalidate("others")
+    assert await value() == 2
+    await cache.invalidate("rates")
+    assert await value() == 3
+    assert await cache.get_or_set("another", load) == 4
+
+
+async def test_what_a_response_took_from_it_outdates_the_response(service: Service) -> None:
+    load = reading(service, [])
+
+    @service.app.get("/through")
+    @cached
+    async def through() -> list[str]:
+        value: Names = await service.overdrive.cache.get_or_set("names", load, type=Names)
+        return value.names
+
+    await service.overdrive.cache.get_or_set("names", load, type=Names)
+    assert await service.marks("/through", "/through") == ["miss", "hit"]
+    await service.write(add_one)
+    assert (await service.get("/through")).json() == ["first", "new"]
+
+
+@pytest.mark.parametrize("value", [1, None, "x", [1, 2], {"a": [1.5]}])
+async def test_plain_data_comes_back(service: Service, value: Any) -> None:
+    async def load() -> Any:
+        return value
+
+    for _ in range(2):
+        assert await service.overdrive.cache.get_or_set("plain", load) == value
+
+
+async def test_types_do_not_share_values(service: Service) -> None:
+    cache = service.overdrive.cache
+
+    async def load() -> Point:
+        return Point(1, 2)
+
+    for _ in range(2):
+        assert await cache.get_or_set("point", load, type=Point) == Point(1, 2.0)
+        assert await cache.get_or_set("point", load) == {"x": 1, "y": 2}
+
+
+async def test_what_msgspec_cannot_write_is_said(service: Service) -> None:
+    async def load() -> Any:
+        return object()
+
+    with pytest.raises(ConfigurationError, match="cannot be kept"):
+        await service.overdrive.cache.get_or_set("object", load)
+
+
+async def test_reads_nobody_can_name_need_a_tag(service: Service) -> None:
+    cache, ran = service.overdrive.cache, list[int]()
+
+    async def load() -> int:
+        ran.append(1)
+        async with service.overdrive.session() as db:
+            await db.execute(text("SELECT 1"))
+        return len(ran)
+
+    assert [await cache.get_or_set("a", load), await cache.get_or_set("a", load)] == [1, 2]
+    assert [await cache.get_or_set("b", load, tags=["t"]), await cache.get_or_set("b", load, tags=["t"])] == [3, 3]
+
+
+async def test_a_request_that_wrote_reads_its_own_writes(service: Service) -> None:
+    load = reading(service, [])
+
+    @service.app.post("/both")
+    async def both(db: SessionDep) -> int:
+        await service.overdrive.cache.get_or_set("names", load, type=Names)
+        await add_one(db)
+
+        async def own() -> Names:
+            return Names([str(await db.scalar(select(func.count(Item.id))))])
+
+        value: Names = await service.overdrive.cache.get_or_set("names", own, type=Names)
+        return int(value.names[0])
+
+    assert (await service.http.post("/both")).json() == 2
+    kept: Names = await service.overdrive.cache.get_or_set("names", load, type=Names)
+    assert kept.names == ["first", "new"]
+
+
+async def test_switched_off_it_loads_each_time(service: Service) -> None:
+    service.overdrive.cache.enabled = False
+    ran: list[int] = []
+    load = reading(service, ran)
+    for _ in range(2):
+        await service.overdrive.cache.get_or_set("names", load, type=Names)
+    assert len(ran) == 2
+
+
+# All who ask at once
+
+
+async def test_one_execution_for_all(service: Service) -> None:
+    opened, ran = asyncio.Event(), list[int]()
+
+    async def load() -> int:
+        ran.append(1)
+        await opened.wait()
+        return 7
+
+    tasks = [asyncio.create_task(service.overdrive.cache.get_or_set("one", load)) for _ in range(10)]
+    await asyncio.sleep(0.1)
+    tasks[0].cancel()
+    await asyncio.sleep(0.1)
+    opened.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert results[1:] == [7] * 9
+    assert len(ran) == 2
+
+
+async def test_an_error_is_everybodys_and_is_not_kept(service: Service) -> None:
+    opened, ran = asyncio.Event(), list[int]()
+
+    async def load() -> int:
+        ran.append(1)
+        await opened.wait()
+        raise LookupError("gone")
+
+    tasks = [asyncio.create_task(service.overdrive.cache.get_or_set("bad", load)) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    opened.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in results] == [LookupError] * 5
+    assert len(ran) == 1
+    with pytest.raises(LookupError):
+        await service.overdrive.cache.get_or_set("bad", load)
+
+
+# Functions, and exactly what was kept of a call
+
+
+async def test_a_function_is_answered_by_its_arguments(service: Service) -> None:
+    ran: list[tuple[int, str]] = []
+
+    @service.overdrive.cache.memoize(ttl=60)
+    async def price(number: int, currency: str = "EUR") -> Point:
+        ran.append((number, currency))
+        return Point(number, 1.5)
+
+    assert await price(1) == await price(1, "EUR") == await price(number=1) == Point(1, 1.5)
+    assert await price(2) == Point(2, 1.5)
+    with pytest.raises(ConfigurationError):
+        await price("1")  # type: ignore[arg-type]
+    ran.pop()
+    assert await price(1, currency="USD") == Point(1, 1.5)
+    assert ran == [(1, "EUR"), (2, "EUR"), (1, "USD")]
+    await service.overdrive.cache.invalidate(price, 1)
+    await price(1)
+    await price(2)
+    assert ran[3:] == [(1, "EUR")]
+
+
+def test_only_coroutine_functions_are_memoized() -> None:
+    from overdrive.cache.cache import Cache
+    from overdrive.cache.store import MemoryStore
+
+    with pytest.raises(ConfigurationError, match="coroutine function"):
+        Cache(MemoryStore(max_entries=1)).memoize()(len)  # type: ignore[arg-type]
+
+
+async def test_one_endpoints_response_is_dropped(service: Service) -> None:
+    @service.app.get("/numbers/{number}")
+    @cached
+    async def get_number(number: int, q: str = "") -> int:
+        return number
+
+    paths = "/numbers/1", "/numbers/2", "/numbers/1?q=x"
+    assert await service.marks(*paths, *paths) == ["miss"] * 3 + ["hit"] * 3
+    await service.overdrive.cache.invalidate(get_number, number=1)
+    assert await service.marks(*paths) == ["miss", "hit", "miss"]
