@@ -245,7 +245,7 @@ class CacheMiddleware:
         scope = {**scope, "method": "GET", "extensions": {}}
         if "state" in scope:
             scope["state"] = scope["state"].copy()
-        task = asyncio.get_running_loop().create_task(fill.run(scope, _nobody()))
+        task = asyncio.get_running_loop().create_task(fill.run(scope, _without_body(fill.leave)))
         self._refreshing[target] = task
         task.add_done_callback(lambda task: self._refreshed(target, task))
 
@@ -321,6 +321,11 @@ class _Fill:
             if not fills:
                 del self._cache._fills[self._target]
 
+    async def leave(self) -> Message:
+        """Be a client who stays until the response is stored, or will not be."""
+        await asyncio.wait({self._settled})
+        return {"type": "http.disconnect"}
+
     async def run(self, scope: Scope, receive: Receive) -> None:
         """Ask the app, and see to it that the client is answered."""
         self._cache._fills.setdefault(self._target, []).append(self)
@@ -328,7 +333,7 @@ class _Fill:
             await self._ask(scope, receive)
             if self._phase is _Phase.MISTAKEN:
                 self._found, self._phase = None, _Phase.AWAITED
-                await self._ask(_with_headers(scope, []), _nobody())
+                await self._ask(_with_headers(scope, []), _without_body(receive))
         finally:
             self.settle()
 
@@ -382,12 +387,14 @@ class _Fill:
         body, more = message.get("body", b""), message.get("more_body", False)
         self._chunks.append(body)
         self._size += len(body)
-        limit = self._cache.max_body if self._length is None else self._length
-        # Without a length, a second message would make it a stream.
-        is_whole = not more and self._size == (self._size if self._length is None else self._length)
-        if self._size > limit or (more and self._length is None) or (not more and not is_whole):
+        if self._length is None:
+            # A second message would make it a stream.
+            is_unfit = more or self._size > self._cache.max_body
+        else:
+            is_unfit = self._size > self._length or (not more and self._size < self._length)
+        if is_unfit:
             await self._pass_on(more_body=more)
-        elif is_whole:
+        elif not more:
             await self._complete(b"".join(self._chunks))
 
     async def _pass_on(self, *, more_body: bool = True) -> None:
@@ -466,15 +473,15 @@ async def _nowhere(message: Message) -> None:
     """Be the client of a background task: it hears nothing."""
 
 
-def _nobody() -> Receive:
-    """Return what a client says that has nothing to say, and stays."""
+def _without_body(then: Receive) -> Receive:
+    """Return what a client says that has no body to send, and `then` afterwards."""
     is_asked = False
 
     async def receive() -> Message:
         nonlocal is_asked
-        if not is_asked:
-            is_asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-        return await asyncio.get_running_loop().create_future()
+        if is_asked:
+            return await then()
+        is_asked = True
+        return {"type": "http.request", "body": b"", "more_body": False}
 
     return receive

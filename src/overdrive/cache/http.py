@@ -23,10 +23,10 @@ Directives = Mapping[bytes, bytes | None]
 
 #: What stands for every larger number of seconds (RFC 9111, section 1.2.2).
 FOREVER = 2**31
-#: RFC 9110, section 9.2.1, and RFC 9110's registry for QUERY; what is unknown may have changed something.
+#: RFC 9110, section 9.2.1, and QUERY of its registry; what is unknown may have changed something.
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
-#: Preconditions that are the origin's to judge, and parts (RFC 9111, section 4.3.2; RFC 9110, section 14.2); and content,
-#: which an app may read though a GET's has no meaning (RFC 9110, section 9.3.1).
+#: Preconditions that are the origin's to judge, and parts (RFC 9111, section 4.3.2; RFC 9110, section 14.2); and
+#: content, which an app may read though a GET's has no meaning (RFC 9110, section 9.3.1).
 PASSED_ON = frozenset(
     (b"if-match", b"if-unmodified-since", b"if-range", b"range", b"content-length", b"transfer-encoding")
 )
