@@ -385,6 +385,33 @@ async def test_stale_while_one_task_revalidates() -> None:
     assert cached.count == 2
 
 
+async def test_a_revalidation_has_a_client_that_stays_until_it_is_over() -> None:
+    heard: list[Message] = []
+    methods: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        methods.append(scope["method"])
+        scope["state"]["of"] = methods[-1]
+        heard.append(await receive())
+        listening = asyncio.create_task(receive())
+        await asyncio.sleep(0)
+        assert scope["state"]["of"] == methods[-1]
+        assert not listening.done() or len(methods) == 1
+        await send({"type": "http.response.start", "status": 200, "headers": headers(SWR)})
+        await send({"type": "http.response.body", "body": b""})
+        heard.append(await listening)
+
+    clock = Clock(START)
+    cache = CacheMiddleware(app, clock=clock)
+    await cache(scope(state={}), nothing_more, nowhere)
+    clock.tick(70)
+    state: dict[str, object] = {}
+    await cache(scope(method="HEAD", state=state), nothing_more, nowhere)
+    await until(lambda: not cache._refreshing)
+    assert [message["type"] for message in heard[2:]] == ["http.request", "http.disconnect"]
+    assert (methods, state) == (["GET", "GET"], {})
+
+
 async def test_a_failing_revalidation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     cached = Cached(Answer(SWR), Answer(error=ValueError("no")))
     await cached.ask()
@@ -512,6 +539,28 @@ async def test_nobody_waits_for_what_could_not_be_stored_before() -> None:
     await slow
 
 
+async def test_nobody_waits_for_what_is_stale_at_once() -> None:
+    gate = asyncio.Event()
+    cached = Cached(Answer('ETag: "a"'), Answer("", 304, (), gate), Answer("", 304, ()))
+    await cached.ask()
+    slow = asyncio.create_task(cached.ask())
+    await until(lambda: cached.count == 2)
+    assert (await cached.ask()).content == b"body"
+    gate.set()
+    assert (await slow).content == b"body"
+
+
+async def test_who_asks_for_something_waits_for_nobody() -> None:
+    gate = asyncio.Event()
+    cached = Cached(Answer(FRESH, gate=gate), Answer(FRESH, chunks=(b"new",)))
+    slow = asyncio.create_task(cached.ask())
+    await until(lambda: cached.count == 1)
+    for request in ("Cache-Control: no-cache", "Authorization: x"):
+        assert (await cached.ask(request)).content == b"new"
+    gate.set()
+    await slow
+
+
 async def test_a_client_that_is_gone_leaves_what_was_made_for_it() -> None:
     cached = Cached(Answer(FRESH))
 
@@ -544,6 +593,10 @@ async def nothing_more() -> Message:
     return {"type": "http.disconnect"}
 
 
+async def nowhere(message: Message) -> None:
+    pass
+
+
 @pytest.mark.parametrize("kind", ["websocket", "lifespan"])
 async def test_other_scopes_pass(kind: str) -> None:
     passed: list[Any] = []
@@ -551,10 +604,7 @@ async def test_other_scopes_pass(kind: str) -> None:
     async def app(*arguments: Any) -> None:
         passed.extend(arguments)
 
-    async def send(message: Message) -> None:
-        pass
-
-    arguments = [{"type": kind}, nothing_more, send]
+    arguments = [{"type": kind}, nothing_more, nowhere]
     await CacheMiddleware(app)(*arguments)
     assert all(one is other for one, other in zip(passed, arguments, strict=True))
 

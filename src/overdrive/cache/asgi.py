@@ -68,8 +68,8 @@ class CacheMiddleware:
         self._memory: Memory[tuple[Stored, ...]] = Memory(max_bytes)
         #: What is being asked of the app and may be stored, the first of each target leading.
         self._fills: dict[Target, list[_Fill]] = {}
-        #: Targets whose last response could not be stored: nobody waits for the next one.
-        self._unstorable: set[Target] = set()
+        #: Targets whose last response was of no use to anybody else: nobody waits for the next one.
+        self._unshared: set[Target] = set()
         self._refreshing: dict[Target, asyncio.Task[None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -176,7 +176,7 @@ class CacheMiddleware:
 
     def _is_awaited(self, target: Target, fields: Fields) -> bool:
         """Say whether somebody is asking the app for what would probably answer this request too."""
-        return target in self._fills and target not in self._unstorable and b"authorization" not in fields
+        return target in self._fills and target not in self._unshared and b"authorization" not in fields
 
     async def _refuse(self, send: Send) -> None:
         """Answer `only-if-cached` where nothing is (RFC 9111, section 5.2.1.7)."""
@@ -231,10 +231,14 @@ class CacheMiddleware:
     def _put(self, target: Target, responses: tuple[Stored, ...]) -> bool:
         return self._memory.put(target, responses, sum(response.size for response in responses))
 
-    def _note_unstorable(self, target: Target) -> None:
-        if len(self._unstorable) >= _REMEMBERED:
-            self._unstorable.clear()
-        self._unstorable.add(target)
+    def _note(self, target: Target, *, shared: bool) -> None:
+        """Remember whether it is worth waiting for the responses of a target."""
+        if shared:
+            self._unshared.discard(target)
+            return
+        if len(self._unshared) >= _REMEMBERED:
+            self._unshared.clear()
+        self._unshared.add(target)
 
     def _refresh(self, target: Target, fields: Fields, scope: Scope, found: Stored) -> None:
         """Revalidate in the background, once at a time for each target (RFC 5861, section 3)."""
@@ -403,7 +407,7 @@ class _Fill:
         self._phase = _Phase.PASSED
         # Neither an error nor a 304 to the client's own question says anything about the next response.
         if not self._settled.done() and status != 304 and status < 500:
-            cache._note_unstorable(self._target)
+            cache._note(self._target, shared=False)
             if self._found is not None:
                 cache._drop(self._target, self._found)
         self.settle()
@@ -429,7 +433,7 @@ class _Fill:
     def _is_kept(self, response: Stored) -> bool:
         # Settled already, it may have been read before a write.
         is_kept = not self._settled.done() and self._cache._keep(self._target, self._fields, response)
-        self._cache._unstorable.discard(self._target)
+        self._cache._note(self._target, shared=response.expires > self._cache.clock())
         self.settle()
         return is_kept
 
@@ -445,7 +449,8 @@ class _Fill:
         if response is None:
             cache._drop(self._target, found)
             self.settle()
-            response = replace(found, headers=updated, born=cache.clock())
+            headers = [pair for pair in updated if pair[0] != b"age"]
+            response = replace(found, headers=headers, born=cache.clock())
             is_kept = False
         else:
             response = response.with_body(found.body)
