@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import pytest
@@ -19,6 +19,8 @@ from overdrive.testing import Clock
 pytestmark = pytest.mark.anyio
 
 START = 1_800_000_000.0
+
+Result = TypeVar("Result")
 
 
 def date(offset: float = 0) -> str:
@@ -226,6 +228,16 @@ async def test_variants_are_kept_beside_each_other() -> None:
     assert third.headers["cache-status"] == "overdrive; fwd=vary-miss; stored"
 
 
+async def test_there_are_not_more_variants_than_one_can_look_through() -> None:
+    cached = Cached(Answer(f"{FRESH}\nVary: Foo"))
+    for number in range(65):
+        await cached.ask(f"Foo: {number}")
+    await cached.ask("Foo: 1")
+    assert cached.count == 65
+    await cached.ask("Foo: 0")
+    assert cached.count == 66
+
+
 # Validation
 
 
@@ -263,6 +275,37 @@ async def test_a_304_of_something_else_is_not_believed() -> None:
     cached.clock.tick(60)
     assert (await cached.ask()).content == b"new"
     assert "if-none-match" not in cached.origin.asked[2][1]
+
+
+async def test_who_is_asked_a_second_time_reads_the_request_a_second_time() -> None:
+    count = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal count
+        count += 1
+        assert (await receive())["type"] == "http.request"
+        status, tag = [(200, '"a"'), (304, '"b"'), (200, '"b"')][count - 1]
+        await send({"type": "http.response.start", "status": status, "headers": headers(f"{FRESH}\nETag: {tag}")})
+        await send({"type": "http.response.body", "body": b""})
+
+    clock = Clock(START)
+    cache = CacheMiddleware(app, clock=clock)
+    for _ in range(2):
+        said: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive(said: list[Message] = said) -> Message:
+            return said.pop() if said else {"type": "http.disconnect"}
+
+        await cache(scope(), receive, nowhere)
+        clock.tick(60)
+    assert count == 3
+
+
+async def test_what_may_no_longer_be_stored_takes_the_stale_response_along() -> None:
+    cached = Cached(Answer(f'{SIE}\nETag: "a"'), Answer("Cache-Control: no-store"), Answer("", 500))
+    await cached.ask()
+    cached.clock.tick(60)
+    assert [(await cached.ask()).status_code for _ in range(2)] == [200, 500]
 
 
 async def test_a_304_that_forbids_storing_is_the_last() -> None:
@@ -356,10 +399,31 @@ async def test_what_was_being_made_during_a_write_is_not_stored() -> None:
     assert (await cached.ask()).content == b"new"
 
 
+async def test_a_head_does_not_bring_back_what_was_invalidated_meanwhile() -> None:
+    gate = asyncio.Event()
+    cached = Cached(Answer(FRESH), Answer(FRESH, chunks=(b"",), gate=gate), Answer(), Answer(FRESH))
+    await cached.ask()
+    cached.clock.tick(60)
+    heading = asyncio.create_task(cached.ask(method="HEAD"))
+    await until(lambda: cached.count == 2)
+    await cached.ask(method="POST")
+    gate.set()
+    await heading
+    await cached.ask()
+    assert cached.count == 4
+
+
 # Stale responses
 
 SWR = "Cache-Control: max-age=60, stale-while-revalidate=30"
 SIE = "Cache-Control: max-age=60, stale-if-error=30"
+
+
+async def at_once(work: Coroutine[Any, Any, Result]) -> Result:
+    """Return what `work` comes to without waiting for anybody."""
+    task = asyncio.create_task(work)
+    await until(task.done)
+    return task.result()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -534,7 +598,7 @@ async def test_nobody_waits_for_what_could_not_be_stored_before() -> None:
     await cached.ask()
     slow = asyncio.create_task(cached.ask())
     await until(lambda: cached.count == 2)
-    assert (await cached.ask()).content == b"other"
+    assert (await at_once(cached.ask())).content == b"other"
     gate.set()
     await slow
 
@@ -545,7 +609,7 @@ async def test_nobody_waits_for_what_is_stale_at_once() -> None:
     await cached.ask()
     slow = asyncio.create_task(cached.ask())
     await until(lambda: cached.count == 2)
-    assert (await cached.ask()).content == b"body"
+    assert (await at_once(cached.ask())).content == b"body"
     gate.set()
     assert (await slow).content == b"body"
 
@@ -556,7 +620,7 @@ async def test_who_asks_for_something_waits_for_nobody() -> None:
     slow = asyncio.create_task(cached.ask())
     await until(lambda: cached.count == 1)
     for request in ("Cache-Control: no-cache", "Authorization: x"):
-        assert (await cached.ask(request)).content == b"new"
+        assert (await at_once(cached.ask(request))).content == b"new"
     gate.set()
     await slow
 

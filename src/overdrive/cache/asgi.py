@@ -199,8 +199,8 @@ class CacheMiddleware:
 
         async def passed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if found is not None and message["status"] in (200, 404, 410):
-                    self._drop(target, found)
+                # Not there any more, it was made wrong meanwhile.
+                if found is not None and message["status"] in (200, 404, 410) and self._drop(target, found):
                     headers = list(message.get("headers", ()))
                     if http.is_confirmed_by_head(found, message["status"], headers):
                         headers = http.freshened(found, headers) or []
@@ -223,10 +223,12 @@ class CacheMiddleware:
             others = tuple(other for other in self._memory.get(target) or () if not other.answers(fields))
         return self._put(target, (response, *others)[:_VARIANTS])
 
-    def _drop(self, target: Target, response: Stored) -> None:
-        left = tuple(other for other in self._memory.pop(target) or () if other is not response)
-        if left:
+    def _drop(self, target: Target, response: Stored) -> bool:
+        """Take out one response, and say whether it was there."""
+        kept = self._memory.pop(target) or ()
+        if left := tuple(other for other in kept if other is not response):
             self._put(target, left)
+        return len(left) < len(kept)
 
     def _put(self, target: Target, responses: tuple[Stored, ...]) -> bool:
         return self._memory.put(target, responses, sum(response.size for response in responses))
