@@ -153,6 +153,8 @@ CASES: list[tuple[str, Answer, dict[str, Any], int]] = [
     ("a host in capitals", Answer(FRESH), {"then": "Host: SERVICE"}, HIT),
     ("several messages with their length", Answer(f"{FRESH}\nContent-Length: 4", chunks=(b"bo", b"d", b"y")), {}, HIT),
     ("a stream", Answer(FRESH, chunks=(b"bo", b"dy")), {}, FORWARDED),
+    ("a single chunk and its end", Answer(FRESH, chunks=(b"body", b"")), {}, HIT),
+    ("a stream and its end", Answer(FRESH, chunks=(b"bo", b"dy", b"")), {}, FORWARDED),
     ("too short", Answer(f"{FRESH}\nContent-Length: 5"), {}, FORWARDED),
     ("too long", Answer(f"{FRESH}\nContent-Length: 3"), {}, FORWARDED),
     ("too large", Answer(FRESH, chunks=(b"x" * 101,)), {"options": {"max_body": 100}}, FORWARDED),

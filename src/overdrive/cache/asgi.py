@@ -278,11 +278,13 @@ class _Phase(Enum):
     AWAITED = 0
     #: Held back, because it may be stored.
     HELD = 1
-    PASSED = 2
+    #: Sent on as far as it has come, and stored if that was all.
+    SHOWN = 2
+    PASSED = 3
     #: The client has its answer: what else the app sends is for nobody.
-    ANSWERED = 3
+    ANSWERED = 4
     #: A 304 of something else than what was asked about: to be asked again.
-    MISTAKEN = 4
+    MISTAKEN = 5
 
 
 class _Fill:
@@ -364,6 +366,8 @@ class _Fill:
             await self._begin(message)
         elif self._phase is _Phase.HELD:
             await self._hold(message)
+        elif self._phase is _Phase.SHOWN:
+            await self._end(message)
         elif self._phase in (_Phase.AWAITED, _Phase.PASSED):
             await self._send(message)
 
@@ -393,18 +397,33 @@ class _Fill:
         body, more = message.get("body", b""), message.get("more_body", False)
         self._chunks.append(body)
         self._size += len(body)
-        if self._length is None:
-            # A second message would make it a stream.
-            is_unfit = more or self._size > self._cache.max_body
-        else:
-            is_unfit = self._size > self._length or (not more and self._size < self._length)
-        if is_unfit:
+        limit = self._cache.max_body if self._length is None else self._length
+        is_short = not more and self._length is not None and self._size < self._length
+        if self._size > limit or is_short:
             await self._pass_on(more_body=more)
         elif not more:
             await self._complete(b"".join(self._chunks))
+        elif self._length is None:
+            # More is a stream, which nobody is kept waiting for; but many an app ends a single chunk with an empty one.
+            self._phase = _Phase.SHOWN
+            await self._send_held(more_body=True)
+
+    async def _end(self, message: Message) -> None:
+        """Store a body of one chunk that an empty one ends."""
+        if message["type"] == "http.response.body" and not (message.get("body") or message.get("more_body")):
+            assert self._response is not None
+            self._phase = _Phase.PASSED
+            self._is_kept(self._response.with_body(b"".join(self._chunks)))
+        else:
+            self._give_up()
+        await self._send(message)
 
     async def _pass_on(self, *, more_body: bool = True) -> None:
         """Send what was held, which cannot be stored, and let the rest through."""
+        self._give_up()
+        await self._send_held(more_body=more_body)
+
+    def _give_up(self) -> None:
         cache, status = self._cache, self._start["status"]
         self._phase = _Phase.PASSED
         # Neither an error nor a 304 to the client's own question says anything about the next response.
@@ -413,7 +432,9 @@ class _Fill:
             if self._found is not None:
                 cache._drop(self._target, self._found)
         self.settle()
-        await self._send(cache._marked(self._start, http.status_of_forward(self._reason)))
+
+    async def _send_held(self, *, more_body: bool) -> None:
+        await self._send(self._cache._marked(self._start, http.status_of_forward(self._reason)))
         if self._chunks:
             body = b"".join(self._chunks)
             await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
