@@ -262,6 +262,17 @@ async def test_a_stale_response_is_validated_and_updated(validator: str, questio
     assert [hit.headers[name] for name in ("x-a", "x-b", "content-length", "age")] == ["2", "1", "4", "0"]
 
 
+async def test_the_app_is_never_asked_about_a_tag_made_here() -> None:
+    cached = Cached(Answer(f"{FRESH}\nLast-Modified: {date(-9)}"), Answer("", 304, ()))
+    tags = set()
+    for _ in range(3):
+        tags.add((await cached.ask()).headers.get("etag"))
+        cached.clock.tick(60)
+    assert len(tags) == 1
+    assert cached.count == 3
+    assert not any("if-none-match" in asked for _, asked in cached.origin.asked)
+
+
 async def test_a_changed_response_takes_the_place_of_a_stale_one() -> None:
     cached = Cached(Answer(f'{FRESH}\nETag: "a"'), Answer(f'{FRESH}\nETag: "b"', chunks=(b"new",)))
     await cached.ask()

@@ -43,8 +43,8 @@ _NOT_STORED = frozenset(
     b"age connection keep-alive proxy-authenticate proxy-authentication-info proxy-authorization proxy-connection "
     b"set-cookie te transfer-encoding upgrade".split()
 )
-#: What a 304 carries if the 200 would have (RFC 9110, section 15.4.5), and Age and Cache-Status, which are added later.
-_IN_304 = frozenset(b"cache-control content-location date etag expires vary last-modified cache-status".split())
+#: What a 304 carries if the 200 would have (RFC 9110, section 15.4.5), and what is said of every stored response.
+_IN_304 = frozenset(b"age cache-control content-location date etag expires vary last-modified cache-status".split())
 #: Selecting headers whose values are case-insensitive (RFC 9110, section 12.5).
 _CASELESS = frozenset((b"accept", b"accept-charset", b"accept-encoding", b"accept-language"))
 
