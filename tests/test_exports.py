@@ -61,6 +61,7 @@ WEIGHTS = {"fastapi", "starlette", "sqlalchemy", "redis", "msgspec", "pydantic",
         ("from overdrive import Page, PageParams, CursorPage, CursorParams", {"pydantic"}),
         ("from overdrive import Settings", {"pydantic", "pydantic_settings"}),
         ("from overdrive import Cache", {"msgspec"}),
+        ("from overdrive import CacheMiddleware", set()),
         ("from overdrive import create_engine", {"sqlalchemy"}),
         (
             "from overdrive import Overdrive",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app import Overdrive as Overdrive
     from .app import add_pagination as add_pagination
+    from .cache.asgi import CacheMiddleware as CacheMiddleware
     from .cache.cache import Cache as Cache
     from .config import Settings as Settings
     from .context import bind as bind
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "app": ("Overdrive", "add_pagination"),
+    "cache.asgi": ("CacheMiddleware",),
     "cache.cache": ("Cache",),
     "config": ("Settings",),
     "context": ("bind",),
