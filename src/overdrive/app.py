@@ -198,7 +198,7 @@ def _cache(settings: Settings, enabled: bool | None) -> Cache:
     options: CacheSettings = settings.cache
     store: Store
     if settings.redis_url is None:
-        store = MemoryStore(options.max_entries)
+        store = MemoryStore(options.max_bytes)
     else:
         from .cache.redis import RedisStore
 

@@ -45,7 +45,8 @@ class CacheSettings(BaseModel):
     enabled: on or off; left out, the cache is on everywhere but under pytest.
     ttl: seconds an entry is fresh where `@cached()` names none.
     prefix: what every key in Redis starts with.
-    max_entries: entries the in-process store holds; the least recently used goes first.
+    max_bytes: what entries in the process may take in all; left out, a sixteenth of the memory the process may use.
+        What is asked for often stays.
     max_body: bytes above which a body is sent but not stored.
     """
 
@@ -54,7 +55,7 @@ class CacheSettings(BaseModel):
     enabled: bool | None = None
     ttl: float = Field(60, gt=0)
     prefix: str = Field("overdrive", min_length=1)
-    max_entries: int = Field(10_000, ge=1)
+    max_bytes: int | None = Field(None, ge=1)
     max_body: int = Field(1_048_576, ge=1)
 
 

@@ -92,7 +92,7 @@ def caching(overdrive: Overdrive) -> Iterator[Clock]:
     cache = overdrive.cache
     before = cache.enabled, cache.clock, cache.store
     clock = Clock()
-    cache.use(MemoryStore(max_entries=10_000))
+    cache.use(MemoryStore())
     cache.enabled, cache.clock = True, clock
     try:
         yield clock

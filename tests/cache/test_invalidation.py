@@ -22,7 +22,7 @@ class Faulty(MemoryStore):
     """Forgets nothing, and does not hear of writes while `deaf`."""
 
     def __init__(self) -> None:
-        super().__init__(max_entries=10)
+        super().__init__()
         self.deaf = False
         self.bumps: list[set[str]] = []
 

@@ -25,7 +25,7 @@ OTHERS = "default/others"
 
 @pytest.fixture
 async def store(store_url: str | None) -> AsyncIterator[Store]:
-    store = RedisStore(store_url, "test") if store_url else MemoryStore(max_entries=3)
+    store = RedisStore(store_url, "test") if store_url else MemoryStore()
     yield store
     await store.aclose()
 
@@ -149,20 +149,37 @@ async def test_an_entry_of_another_release_is_a_miss_and_is_replaced(cache: Cach
 # The store inside the process
 
 
-async def test_the_least_recently_used_goes_first() -> None:
-    store = MemoryStore(max_entries=2)
-    await store.save("a", entry(b"a"), 60)
-    await store.save("b", entry(b"b"), 60)
-    await store.load("a", "f")
-    await store.save("c", entry(b"c"), 60)
-    assert [await body(store, key) for key in "abc"] == [b"a", None, b"c"]
-    await store.save("a", entry(b"again"), 60)
-    await store.save("d", entry(b"d"), 60)
-    assert [await body(store, key) for key in "acd"] == [b"again", None, b"d"]
+async def test_its_entries_take_no_more_than_they_may() -> None:
+    store = MemoryStore(max_bytes=100_000)
+    for number in range(50):
+        await store.save(str(number), entry(b"x" * 9_000), 60)
+    kept = [number for number in range(50) if await body(store, str(number)) is not None]
+    assert len(kept) == 10
+    await store.save("huge", entry(b"x" * 100_000), 60)
+    assert await body(store, "huge") is None
+
+
+async def test_what_is_asked_for_often_stays() -> None:
+    store = MemoryStore(max_bytes=100_000)
+    await store.save("often", entry(b"x" * 9_000), 60)
+    for number in range(200):
+        assert store.held("often") is None  # outdated, and yet asked for
+        await store.load("often", "f")
+        await store.save(str(number), entry(b"x" * 9_000), 60)
+    assert await body(store, "often") is not None
+
+
+async def test_tags_without_end_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overdrive.cache.store._MOST_STAMPS", 100)
+    store = MemoryStore()
+    epoch, _ = await store.versions([])
+    for number in range(102):
+        await store.bump([f"call/{number}"])
+    assert (await store.versions([]))[0] != epoch
 
 
 async def test_what_is_held_is_not_outdated() -> None:
-    store = MemoryStore(max_entries=3)
+    store = MemoryStore()
     epoch, versions = await store.versions([ITEMS])
     kept = replace(entry(b"kept"), epoch=epoch, versions=versions)
     await store.save("key", kept, 60)

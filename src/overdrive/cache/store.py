@@ -8,11 +8,11 @@ it was being read, so a fill names the instant before its first read, and is ref
 from __future__ import annotations
 
 import secrets
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from .entry import Entry, Instant
+from .memory import Memory, memory_limit
 
 
 class Found(NamedTuple):
@@ -60,6 +60,17 @@ class Store(Protocol):
         """Give connections back."""
 
 
+#: Tags are tables, but also calls that were invalidated: beyond so many, all is forgotten.
+_MOST_STAMPS = 100_000
+#: Bytes an entry takes besides its text.
+_OVERHEAD = 1_000
+
+
+def _size(entry: Entry) -> int:
+    texts = (len(name) + len(value) for name, value in entry.headers)
+    return len(entry.body) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
+
+
 class _Held:
     """An entry, and the instant at which it was last found not to be outdated."""
 
@@ -73,12 +84,11 @@ class _Held:
 class MemoryStore:
     """Entries inside the process, for a service of one worker.
 
-    max_entries: entries kept; the least recently used goes first.
+    max_bytes: what entries may take in all; left out, a sixteenth of the memory that the process may use.
     """
 
-    def __init__(self, max_entries: int) -> None:
-        self._max_entries = max_entries
-        self._entries: OrderedDict[str, _Held] = OrderedDict()
+    def __init__(self, max_bytes: int | None = None) -> None:
+        self._entries: Memory[_Held] = Memory(max_bytes if max_bytes is not None else memory_limit() // 16)
         self._stamps: dict[str, int] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
 
@@ -91,7 +101,6 @@ class MemoryStore:
         held = self._entries.get(key)
         if held is None:
             return None
-        self._entries.move_to_end(key)
         entry = held.entry
         # Mostly nothing at all was written since it was last looked at.
         if held.checked is not self._instant:
@@ -105,7 +114,6 @@ class MemoryStore:
         held = self._entries.get(key)
         if held is None or held.entry.fingerprint != fingerprint:
             return Found(None, self._instant, {})
-        self._entries.move_to_end(key)
         return Found(held.entry, self._instant, self._stamps_of(held.entry.versions))
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
@@ -118,13 +126,12 @@ class MemoryStore:
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
         # As if it had been looked at before all writes.
-        self._entries[key] = _Held(entry, None)
-        self._entries.move_to_end(key)
-        if len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
+        self._entries.put(key, _Held(entry, None), _size(entry))
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
+        if len(self._stamps) > _MOST_STAMPS:
+            await self.clear()
         self._instant = Instant(self._instant.epoch, self._instant.now + 1)
         self._stamps.update(dict.fromkeys(tags, self._instant.now))
 
