@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -14,9 +15,6 @@ from .policy import Header, Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
 
 logger = logging.getLogger("overdrive")
-
-#: Seconds during which a store that did not answer is not asked again.
-_REST = 1.0
 
 
 class Cache:
@@ -44,7 +42,6 @@ class Cache:
         self.max_body = max_body
         self.clock = clock
         self.invalidator = Invalidator(store)
-        self._resting_until = 0.0
         self._complained: set[tuple[str | None, str]] = set()
 
     def use(self, store: Store) -> None:
@@ -68,14 +65,11 @@ class Cache:
         if not self.enabled:
             exchange.bypass("off")
             return
-        if time.monotonic() < self._resting_until:
-            exchange.bypass("store-unavailable")
-            return
         try:
             await self.invalidator.catch_up()
             await self._load(exchange)
-        except StoreUnavailable as error:
-            self._rest(error)
+        except StoreUnavailable:
+            # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
 
     async def _load(self, exchange: Exchange) -> None:
@@ -95,25 +89,19 @@ class Cache:
         instant, tags = exchange.instant, exchange.context.reads.tags
         if instant is None:
             return
-        try:
+        with contextlib.suppress(StoreUnavailable):
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
                 return
             plan, ttl = exchange.policy.plan, exchange.policy.ttl
             entry = Entry(FORMAT, plan.fingerprint, epoch, versions, self.clock(), ttl, 200, exchange.headers, body)
             await self.store.save(exchange.key, entry, ttl)
-        except StoreUnavailable as error:
-            self._rest(error)
 
     def complain_once(self, route: str | None, reason: str) -> None:
         """Say why a route that asks to be cached is not, the first time it happens."""
         if (route, reason) not in self._complained:
             self._complained.add((route, reason))
             logger.warning("%s is marked @cached but its response cannot be: %s", route, reason)
-
-    def _rest(self, error: StoreUnavailable) -> None:
-        self._resting_until = time.monotonic() + _REST
-        logger.warning("the cache's store does not answer and is left alone for %g s: %s", _REST, error)
 
 
 class Exchange:
