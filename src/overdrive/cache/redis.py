@@ -20,7 +20,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from overdrive.errors import ConfigurationError
 
@@ -422,11 +422,11 @@ class _Link:
         finally:
             self._connecting = None
 
-    def lost(self, connection: _Connection, why: str | None) -> None:
-        """Take note that a connection is gone, and why, if somebody waited for an answer."""
+    def lost(self, connection: _Connection, why: str, *, waited: bool) -> None:
+        """Take note that a connection is gone; that is a failure if somebody waited for an answer."""
         if connection is self._connection:
-            self._connection = None
-            if why is not None:
+            self._connection, self._why = None, why
+            if waited:
                 self._open(why)
 
     def _open(self, why: str) -> None:
@@ -473,7 +473,7 @@ class _Trip:
 class _Connection(asyncio.Protocol):
     """Commands on one socket, written at once and answered in their order.
 
-    link: told when the socket is gone, and why, if something waited for an answer; and of silence.
+    link: told of silence, and when the socket is gone.
     """
 
     def __init__(self, link: _Link) -> None:
@@ -504,8 +504,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Take the socket."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         """Hand out the replies that are complete."""
@@ -531,7 +530,7 @@ class _Connection(asyncio.Protocol):
             self._watch.cancel()
         self._transport.abort()
         trips, self._trips = self._trips, deque()
-        self._link.lost(self, why if trips else None)
+        self._link.lost(self, why, waited=bool(trips))
         for trip in trips:
             trip.deliver(StoreUnavailable(why))
 
