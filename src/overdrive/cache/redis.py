@@ -36,7 +36,7 @@ except ImportError:
 
 logger = logging.getLogger("overdrive")
 
-#: Seconds of Redis' silence after which look-ups go on without it; the database answers sooner than a dead cache.
+#: Seconds a look-up waits for Redis before it goes on without; the database answers sooner than a dead cache.
 _PATIENCE = 0.05
 
 #: Seconds of silence after which Redis is given up; a write should reach the other workers if it can.
@@ -103,7 +103,7 @@ for i = 2, #KEYS do
 end
 """)
 
-_SILENT = f"Redis has been silent for more than {_PATIENCE:g} s, which no request waits for"
+_LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
 #: What the parser says of a reply that has not arrived as a whole.
 _NOT_ALL = object()
@@ -324,8 +324,8 @@ class _Link:
     async def read(self, names: Collection[str]) -> _Answer:
         """Return the clock and what lies under `names`, asked for together with what others ask for in this tick."""
         connection = self._connection or await self._connected()
-        if connection.silent:
-            raise StoreUnavailable(_SILENT)
+        if connection.late:
+            raise StoreUnavailable(_LATE)
         if not self._readers:
             self._loop.call_soon(self._send_reads)
         self._names.update(dict.fromkeys(names))
@@ -380,9 +380,9 @@ class _Link:
             self._open(str(error))
         return error
 
-    def fell_silent(self) -> None:
+    def fell_behind(self) -> None:
         """Take note that look-ups are no longer waited for."""
-        self._warn(_SILENT)
+        self._warn(_LATE)
 
     def _warn(self, message: str) -> None:
         now = time.monotonic()
@@ -398,7 +398,7 @@ class _Link:
             raise StoreUnavailable(self._why)
         connecting = self._connecting or self._connect(now)
         if now - self._connecting_since > _PATIENCE:
-            raise StoreUnavailable(_SILENT)
+            raise StoreUnavailable(_LATE)
         await asyncio.wait([connecting])
         if self._connection is None:
             raise StoreUnavailable(self._why)
@@ -473,7 +473,7 @@ class _Trip:
 class _Connection(asyncio.Protocol):
     """Commands on one socket, written at once and answered in their order.
 
-    link: told of silence, and when the socket is gone.
+    link: told when Redis is late, and when the socket is gone.
     """
 
     def __init__(self, link: _Link) -> None:
@@ -485,7 +485,7 @@ class _Connection(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._closing = False
         #: Whether Redis owes an answer for longer than a look-up waits for one.
-        self.silent = False
+        self.late = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     def ask(self, *command: str | int | bytes, patient: bool = True) -> asyncio.Future[Any]:
@@ -508,11 +508,12 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand out the replies that are complete."""
-        self._heard, self.silent = self._loop.time(), False
+        self._heard = self._loop.time()
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not _NOT_ALL:
                 self._trips.popleft().deliver(reply)
+            self.late = self.late and bool(self._trips) and self._heard - self._trips[0].sent >= _PATIENCE
         except (ProtocolError, IndexError) as error:
             self.close(f"Redis is not understood: {error}")
 
@@ -544,22 +545,24 @@ class _Connection(asyncio.Protocol):
         self._watch = None
         if not self._trips:
             return
-        since = max(self._heard, self._trips[0].sent)
-        silence = self._loop.time() - since
-        if silence >= _DEADLINE:
+        now, sent = self._loop.time(), self._trips[0].sent
+        heard = max(sent, self._heard)
+        if now - heard >= _DEADLINE:
             self.close(f"Redis has not answered for {_DEADLINE:g} s")
             return
-        if silence >= _PATIENCE and not self.silent:
-            self.silent = True
-            self._link.fell_silent()
+        # A reply that arrives in parts is not late.
+        since = heard if self._reader.has_data() else sent
+        if now - since >= _PATIENCE and not self.late:
+            self.late = True
+            self._link.fell_behind()
             self._fail_look_ups()
-        self._watch = self._loop.call_at(since + (_DEADLINE if self.silent else _PATIENCE), self._look)
+        self._watch = self._loop.call_at((now if self.late else since) + _PATIENCE, self._look)
 
     def _fail_look_ups(self) -> None:
         for trip in self._trips:
             if not trip.patient:
                 deliver, trip.deliver = trip.deliver, _ignore
-                deliver(StoreUnavailable(_SILENT))
+                deliver(StoreUnavailable(_LATE))
 
 
 def _settle(future: asyncio.Future[Any], reply: Any) -> None:
