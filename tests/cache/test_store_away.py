@@ -114,10 +114,11 @@ def visitors(listener: socket.socket) -> int:
 
 
 @pytest.mark.usefixtures("rests")
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
 async def test_a_server_that_never_answers_is_not_waited_for_again(
-    sqlite_url: str, mute: socket.socket, caplog: pytest.LogCaptureFixture
+    sqlite_url: str, mute: socket.socket, scheme: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with serve(sqlite_url, f"redis://127.0.0.1:{mute.getsockname()[1]}/0") as service:
+    async with serve(sqlite_url, f"{scheme}://127.0.0.1:{mute.getsockname()[1]}/0") as service:
         answers = await asyncio.gather(*(service.get() for _ in range(20)))
         assert {answer.headers["cache-status"] for answer in answers} == {AWAY}
         assert await service.write(add) == 200
@@ -372,10 +373,14 @@ async def test_a_replica_serves_until_there_is_a_write(
     assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
 
 
-async def test_closing_gives_up_connecting(mute: socket.socket) -> None:
+async def test_closing_gives_up_connecting(mute: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
     store = RedisStore(f"redis://127.0.0.1:{mute.getsockname()[1]}/0", "test")
     look_up = asyncio.create_task(store.load("key", "f"))
-    await sleep(0.01)
+    await sleep(0.1)
+    # Those who come later do not wait with the first.
+    assert len(await asyncio.wait_for(crowd(store), 30)) == 50
+    assert not look_up.done()
     await store.aclose()
     with pytest.raises(StoreUnavailable, match="closed"):
         await look_up

@@ -146,14 +146,26 @@ class RedisStore:
         """Ask Redis for an answer; `ConfigurationError` says in one line why it gave none."""
         where = _without_secrets(self._url)
         try:
-            await self._run(_VERSIONS, (), patient=True)
-        except StoreUnavailable as error:
-            if _is_about_login(error):
+            async with asyncio.timeout(_DEADLINE):
+                await self._visit()
+        except (OSError, UnicodeError, StoreUnavailable) as error:
+            why = str(error) or type(error).__name__
+            if _is_about_login(why):
                 raise ConfigurationError(
                     f"Redis at {where} refuses the user of redis_url: correct the user name and password there, "
-                    f"or what Redis' ACL permits ({error})"
+                    f"or what Redis' ACL permits ({why})"
                 ) from None
-            raise ConfigurationError(f"Redis at {where} cannot be reached: {error}") from None
+            raise ConfigurationError(f"Redis at {where} cannot be reached: {why}") from None
+
+    async def _visit(self) -> None:
+        """Do what look-ups and announcements do, on a connection of its own and whether the breaker is open or not."""
+        connection = await self._address.connect(self._link())
+        try:
+            begin = ("EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8))
+            await connection.demand(("MGET", self._clock), begin)
+        finally:
+            connection.close("closed")
+            await connection.closed
 
     def seen(self) -> Instant | None:
         """Return the clock as it was in the last answer."""
@@ -228,7 +240,7 @@ class RedisStore:
         try:
             await self._link().ask("SET", name, data, "PX", max(1, int(ttl * 1000)))
         except StoreUnavailable as error:
-            if _code(error) != "OOM":
+            if _code(str(error)) != "OOM":
                 raise
             self.refused_fills += 1
         else:
@@ -255,7 +267,7 @@ class RedisStore:
         try:
             return await link.ask("EVALSHA", script.digest, *arguments, patient=patient)
         except StoreUnavailable as error:
-            if _code(error) != "NOSCRIPT":
+            if _code(str(error)) != "NOSCRIPT":
                 raise
         return await link.ask("EVAL", script.text, *arguments, patient=patient)
 
@@ -289,11 +301,11 @@ class _Answer:
             return None
         stamps = {}
         for tag, name in names.items():
-            stamp = self.values.get(name)
-            if stamp is None:
+            value = self.values.get(name)
+            if value is None or (stamp := int(value)) > self.instant.now:
                 return None
-            stamps[tag] = int(stamp)
-        return stamps if all(stamp <= self.instant.now for stamp in stamps.values()) else None
+            stamps[tag] = stamp
+        return stamps
 
 
 class _Link:
@@ -371,7 +383,7 @@ class _Link:
         if not isinstance(reply, ReplyError):
             return None
         error = StoreUnavailable(str(reply))
-        code = _code(error)
+        code = _code(str(error))
         if code in _WRITE_REFUSALS:
             self._warn(_WRITE_REFUSALS[code])
         elif code != "NOSCRIPT" and self._connection is not None:
@@ -494,6 +506,12 @@ class _Connection(asyncio.Protocol):
         self.send(command, partial(_settle, future), patient=patient)
         return future
 
+    async def demand(self, *commands: tuple[str | int, ...]) -> None:
+        """Send commands together, and raise `StoreUnavailable` if one of them is refused."""
+        for reply in [self.ask(*command) for command in commands]:
+            if isinstance(error := await reply, ReplyError | StoreUnavailable):
+                raise StoreUnavailable(str(error))
+
     def send(self, command: tuple[str | int | bytes, ...], deliver: Callable[[Any], None], *, patient: bool) -> None:
         """Send a command."""
         now = self._loop.time()
@@ -594,9 +612,7 @@ class _Address:
         """Open a connection, log in and choose the database."""
         connection = await self._socket(partial(_Connection, link))
         try:
-            for reply in [connection.ask(*command) for command in self._greeting]:
-                if isinstance(error := await reply, ReplyError | StoreUnavailable):
-                    raise StoreUnavailable(str(error))
+            await connection.demand(*self._greeting)
         except BaseException:
             connection.close("closed")
             await connection.closed
@@ -611,15 +627,15 @@ class _Address:
         return (await loop.create_connection(protocol, parts.host, parts.port, ssl=tls))[1]
 
 
-def _code(error: StoreUnavailable) -> str | None:
+def _code(error: str) -> str | None:
     """Return the code of Redis' error, as `OOM`; before Redis 7 a script's error has that of its command inside."""
-    codes: list[str] = re.findall(r"(?:^| -)([A-Z]+)\b", str(error))
+    codes: list[str] = re.findall(r"(?:^| -)([A-Z]+)\b", error)
     return codes[-1] if codes else None
 
 
-def _is_about_login(error: StoreUnavailable) -> bool:
+def _is_about_login(error: str) -> bool:
     # A password where Redis has none is an `ERR AUTH <password> called without any password configured`.
-    return _code(error) in ("WRONGPASS", "NOAUTH", "NOPERM") or "AUTH" in str(error)
+    return _code(error) in ("WRONGPASS", "NOAUTH", "NOPERM") or "AUTH" in error
 
 
 def _instant(clock: bytes) -> Instant:
