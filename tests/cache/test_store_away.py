@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -291,22 +291,87 @@ async def test_one_probe_at_a_time(mute: socket.socket, monkeypatch: pytest.Monk
     await store.aclose()
 
 
-async def test_the_pauses_grow() -> None:
-    tried = 0
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
-    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal tried
-        tried += 1
+
+@asynccontextmanager
+async def pretending(answer: Callable[[Reader, Writer], Awaitable[None]]) -> AsyncIterator[RedisStore]:
+    """A store on a server that does as `answer` does, after it has greeted."""
+
+    async def serve(reader: Reader, writer: Writer) -> None:
+        with suppress(ConnectionError):
+            await reader.readuntil(b"PING\r\n")
+            writer.write(b"+PONG\r\n")
+            await answer(reader, writer)
+            await reader.read()
         writer.close()
 
-    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", "test")
-        for _ in range(100):
-            assert len(await crowd(store, 5)) == 5
-            await sleep(0.01)
+        yield store
         await store.aclose()
+
+
+async def test_the_pauses_grow() -> None:
+    """Although each probe finds Redis well, and what is asked then does not."""
+    tried = 0
+
+    async def answer(reader: Reader, writer: Writer) -> None:
+        nonlocal tried
+        tried += 1
+        await reader.readuntil(b"MGET\r\n")
+        writer.write(b"-LOADING Redis is loading the dataset in memory\r\n")
+
+    async with pretending(answer) as store:
+        failures: list[BaseException] = []
+        for _ in range(100):
+            failures += await crowd(store, 5)
+            await sleep(0.01)
+    assert [type(failure) for failure in failures] == [StoreUnavailable] * 500
     # In a second; ten times, if each pause were as short as the first may be.
-    assert 2 <= tried <= 6
+    assert 2 <= tried == store.opened <= 6
+
+
+async def test_a_reply_in_parts_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 0.5)
+
+    async def answer(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"MGET\r\n")
+        writer.write(b"*2\r\n$10\r\nepoch")
+        for part in (b" ", b"1", b"2", b"3", b"4", b"\r\n$-1", b"\r\n"):
+            await sleep(0.1)
+            writer.write(part)
+
+    async with pretending(answer) as store:
+        assert (await store.load("key", "f")).instant == ("epoch", 1234)
+
+
+async def test_a_server_that_is_behind_is_not_waited_for() -> None:
+    async def answer(reader: Reader, writer: Writer) -> None:
+        for _ in range(50):
+            await reader.readuntil(b"SET\r\n")
+            await sleep(0.01)
+            writer.write(b"+OK\r\n")
+
+    async with pretending(answer) as store:
+        writes = asyncio.gather(*(store.clear() for _ in range(50)))
+        while store.trips < 50:
+            await anyio.lowlevel.checkpoint()
+        with pytest.raises(StoreUnavailable, match="no request waits for"):
+            await store.load("key", "f")
+        assert not writes.done()
+        await writes
+
+
+async def test_nonsense_is_a_failure() -> None:
+    async def answer(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"MGET\r\n")
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n")
+
+    async with pretending(answer) as store:
+        with pytest.raises(StoreUnavailable, match="not understood"):
+            await store.load("key", "f")
+        assert store.opened == 1
 
 
 async def test_a_server_that_restarts_while_nobody_asks_is_no_failure(store: RedisStore, start: Start) -> None:
@@ -321,14 +386,15 @@ async def test_a_server_that_restarts_while_nobody_asks_is_no_failure(store: Red
 async def test_a_server_that_is_busy_is_away(store: RedisStore, redis: Redis) -> None:
     await store.bump([ITEMS])
     redis.config_set("lua-time-limit", 1)
-    busy = asyncio.create_task(asyncio.to_thread(loop_forever, redis))
-    await sleep(0.1)
-    with pytest.raises(StoreUnavailable):
-        await store.bump([ITEMS])
-    redis.script_kill()
-    await busy
-    await recovered(store)
-    assert store.opened == 1
+    for times in (1, 2):
+        busy = asyncio.create_task(asyncio.to_thread(loop_forever, redis))
+        await sleep(0.1)
+        with pytest.raises(StoreUnavailable):
+            await store.bump([ITEMS])
+        redis.script_kill()
+        await busy
+        await recovered(store)
+        assert store.opened == times
 
 
 def loop_forever(redis: Redis) -> None:
