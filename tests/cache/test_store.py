@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -432,6 +433,23 @@ def test_uvloop_is_a_loop_like_any_other(redis_url: str) -> None:
         return found
 
     assert uvloop.run(visit()) == b"body"
+
+
+def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str) -> None:
+    """uvloop, which runs its timers before it looks at its sockets."""
+
+    async def visit() -> None:
+        store = RedisStore(redis_url, "test")
+        await store.versions([])
+        trips = store.trips
+        look_up = asyncio.create_task(store.load("key", "f"))
+        while store.trips == trips:
+            await asyncio.sleep(0)
+        time.sleep(0.2)  # noqa: ASYNC251
+        await look_up
+        await store.aclose()
+
+    uvloop.run(visit())
 
 
 # What the URL says

@@ -23,7 +23,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from support import Item, call
 
-from overdrive import SessionDep, cached
+from overdrive import ConfigurationError, SessionDep, cached
 from overdrive.cache.cache import Cache
 from overdrive.cache.redis import RedisStore
 from overdrive.cache.store import StoreUnavailable
@@ -275,6 +275,14 @@ async def test_a_server_that_goes_on_is_found_by_one_probe(store: RedisStore, re
     assert await crowd(store) == []
     assert redis.info("stats")["total_connections_received"] == connected + 1
     assert store.opened == 1
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_a_ping_does_not_wait_for_ever(mute: socket.socket, scheme: str) -> None:
+    store = RedisStore(f"{scheme}://127.0.0.1:{mute.getsockname()[1]}/0", "test")
+    with pytest.raises(ConfigurationError, match="cannot be reached"):
+        await asyncio.wait_for(store.ping(), 30)
+    await store.aclose()
 
 
 async def test_one_probe_at_a_time(mute: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
