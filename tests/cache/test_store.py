@@ -443,7 +443,7 @@ def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str) -> None:
         await store.versions([])
         trips = store.trips
         look_up = asyncio.create_task(store.load("key", "f"))
-        while store.trips == trips:
+        while store.trips == trips:  # noqa: ASYNC110
             await asyncio.sleep(0)
         time.sleep(0.2)  # noqa: ASYNC251
         await look_up

@@ -275,7 +275,6 @@ class RedisStore:
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None:
-            self._links = {each: self._links[each] for each in self._links if not each.is_closed()}
             link = self._links[loop] = _Link(self, loop, self._address, self._clock)
         return link
 
@@ -579,17 +578,13 @@ class _Connection(asyncio.Protocol):
     def _fail_look_ups(self) -> None:
         for trip in self._trips:
             if not trip.patient:
-                deliver, trip.deliver = trip.deliver, _ignore
-                deliver(StoreUnavailable(_LATE))
+                # Who was told does not listen to the reply any more.
+                trip.deliver(StoreUnavailable(_LATE))
 
 
 def _settle(future: asyncio.Future[Any], reply: Any) -> None:
     if not future.done():
         future.set_result(reply)
-
-
-def _ignore(_reply: Any) -> None:
-    pass
 
 
 class _Address:
