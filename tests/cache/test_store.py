@@ -435,8 +435,8 @@ def test_uvloop_is_a_loop_like_any_other(redis_url: str) -> None:
     assert uvloop.run(visit()) == b"body"
 
 
-def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str) -> None:
-    """uvloop, which runs its timers before it looks at its sockets."""
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str, run: Callable[..., None]) -> None:
 
     async def visit() -> None:
         store = RedisStore(redis_url, "test")
@@ -449,7 +449,7 @@ def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str) -> None:
         await look_up
         await store.aclose()
 
-    uvloop.run(visit())
+    run(visit())
 
 
 # What the URL says

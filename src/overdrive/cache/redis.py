@@ -516,7 +516,7 @@ class _Connection(asyncio.Protocol):
         now = self._loop.time()
         self._trips.append(_Trip(now, deliver, patient))
         if self._watch is None:
-            self._watch = self._loop.call_at(now + _PATIENCE, self._look)
+            self._watch = self._loop.call_at(now + _PATIENCE, self._judge)
         self._transport.write(pack_command(command))  # type: ignore[arg-type]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -552,12 +552,6 @@ class _Connection(asyncio.Protocol):
         for trip in trips:
             trip.deliver(StoreUnavailable(why))
 
-    def _look(self) -> None:
-        self._watch = None
-        if self._trips:
-            # What arrived while the loop was busy is read first.
-            self._watch = self._loop.call_later(0.001, self._judge)
-
     def _judge(self) -> None:
         self._watch = None
         if not self._trips:
@@ -567,13 +561,13 @@ class _Connection(asyncio.Protocol):
         if now - heard >= _DEADLINE:
             self.close(f"Redis has not answered for {_DEADLINE:g} s")
             return
-        # A reply that arrives in parts is not late.
+        # A reply that arrives in parts is not late. Loops read their sockets before they run their timers.
         since = heard if self._reader.has_data() else sent
         if now - since >= _PATIENCE and not self.late:
             self.late = True
             self._link.fell_behind()
             self._fail_look_ups()
-        self._watch = self._loop.call_at((now if self.late else since) + _PATIENCE, self._look)
+        self._watch = self._loop.call_at((now if self.late else since) + _PATIENCE, self._judge)
 
     def _fail_look_ups(self) -> None:
         for trip in self._trips:
