@@ -36,7 +36,7 @@ from .cache.cache import Cache, Exchange
 from .cache.conditional import if_none_match
 from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
-from .cache.values import call_tag
+from .cache.values import key_of_call, tag_of_call
 from .config import PaginationSettings
 from .context import RequestContext, current
 from .endpoint import (
@@ -443,6 +443,7 @@ def _look_up(
         if request.method != "GET":
             return
         context.route, context.policy, context.response = policy.route, policy, response
+        context.reads.tags.add(tag_of_call(key_of_call(site.endpoint, request.path_params)))
         if context.exchange is not None:
             # Looked up before the route was.
             return
@@ -466,7 +467,6 @@ def _look_up(
         elif context.tenant is None and context.runtime.tenant is not None:
             exchange.bypass("no-tenant")
         else:
-            context.reads.tags.add(call_tag(site.endpoint, request.path_params))
             await exchange.look_up()
 
     # FastAPI would make a parameter of the principals.

@@ -39,9 +39,7 @@ def store() -> Faulty:
 
 
 @pytest.fixture
-def cache(store: Faulty, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    # A store that did not answer is asked again at once.
-    monkeypatch.setattr("overdrive.cache.cache._REST", 0.0)
+def cache(store: Faulty) -> Cache:
     return Cache(store)
 
 
@@ -108,14 +106,3 @@ async def test_a_write_during_the_announcement_of_another_is_not_lost(cache: Cac
     store.deaf = False
     await ask(cache)
     assert len(store.bumps) == 2
-
-
-async def test_a_store_that_did_not_answer_rests(
-    cache: Cache, store: Faulty, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("overdrive.cache.cache._REST", 600.0)
-    store.deaf = True
-    await cache.invalidate("items")
-    with caplog.at_level(logging.WARNING, "overdrive"):
-        assert [await ask(cache), await ask(cache)] == ["bypass", "bypass"]
-    assert caplog.text.count("is left alone for 600 s") == 1

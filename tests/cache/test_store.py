@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 from cache.exchanges import ITEMS, ask
 from msgspec.structs import replace
 from redis.asyncio import Redis
@@ -200,8 +207,10 @@ async def test_what_is_held_is_not_outdated() -> None:
 
 async def test_a_damaged_entry_is_a_miss_and_is_replaced(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
     cache = Cache(stores[0])
+    await cache.store.versions([])
     await server.set("test:entry:key", b"\xffnonsense")
     assert [await ask(cache), await ask(cache)] == ["miss", "hit"]
+    assert stores[0].unreadable == 1
 
 
 async def test_workers_share_entries_and_writes(stores: tuple[RedisStore, RedisStore]) -> None:
@@ -287,6 +296,111 @@ async def test_a_crowd_is_no_outage(stores: tuple[RedisStore, RedisStore]) -> No
     await asyncio.gather(*(stores[0].load(str(number), "f") for number in range(500)))
 
 
+async def commands(server: Redis) -> dict[str, int]:
+    """The commands Redis has got since it was last asked this, with how often."""
+    stats = await server.info("commandstats")
+    await server.config_resetstat()
+    calls = {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in stats.items()}
+    return {name: number for name, number in calls.items() if name not in ("info", "config", "config|resetstat")}
+
+
+async def test_a_hit_is_one_command(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
+    one, other = map(Cache, stores)
+    await ask(one, tags=(ITEMS, OTHERS))
+    # The other worker has to learn what the entry depends on.
+    assert await ask(other) == "hit"
+    await commands(server)
+    for cache in (one, other):
+        assert await ask(cache) == "hit"
+        assert await commands(server) == {"mget": 1}
+
+
+async def test_an_entry_with_other_tags_is_found(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
+    one, other = map(Cache, stores)
+    await ask(one)
+    await other.invalidate("items")
+    await ask(other, tags=(ITEMS, OTHERS))
+    assert await ask(one) == "hit"
+    await commands(server)
+    assert await ask(one) == "hit"
+    assert await commands(server) == {"mget": 1}
+    await other.invalidate("others")
+    assert await ask(one) == "miss"
+
+
+async def test_the_look_ups_of_a_tick_are_one_command(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
+    store = stores[0]
+    epoch, versions = await store.versions([ITEMS])
+    for number in range(10):
+        kept = replace(entry(b"%d" % number), epoch=epoch, versions=versions)
+        await store.save(str(number), kept, 60)
+    await commands(server)
+    trips, batched = store.trips, store.batched
+    found = await asyncio.gather(*(store.load(str(number % 10), "f") for number in range(50)))
+    assert [each.entry.body for each in found if each.entry] == [b"%d" % (number % 10) for number in range(50)]
+    assert all(each.versions == versions for each in found)
+    assert await commands(server) == {"mget": 1}
+    assert (store.trips - trips, store.batched - batched) == (1, 50)
+
+
+async def test_two_releases_that_ask_in_one_tick_do_not_get_each_others_entries(
+    stores: tuple[RedisStore, RedisStore],
+) -> None:
+    await stores[0].versions([])
+    await stores[0].save("key", entry(b"body"), 60)
+    found = await asyncio.gather(*(stores[0].load("key", fingerprint) for fingerprint in ("f", "g", "f")))
+    assert [each.entry is not None for each in found] == [True, False, True]
+
+
+async def test_one_that_leaves_takes_nobody_along(stores: tuple[RedisStore, RedisStore]) -> None:
+    await stores[0].versions([])
+    await stores[0].save("key", entry(b"body"), 60)
+    tasks = [asyncio.create_task(body(stores[0], "key")) for _ in range(3)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    assert await asyncio.gather(*tasks[1:]) == [b"body"] * 2
+    assert tasks[0].cancelled()
+
+
+async def test_what_is_remembered_of_keys_is_bounded(
+    stores: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overdrive.cache.redis._REMEMBERED", 2)
+    cache = Cache(stores[0])
+    for key in "abac":
+        await ask(cache, key)
+
+    async def trips(key: str) -> int:
+        before = stores[0].trips
+        assert await ask(cache, key) == "hit"
+        return stores[0].trips - before
+
+    assert [await trips(key) for key in "acbba"] == [1, 1, 2, 1, 2]
+
+
+async def test_scripts_are_sent_once(stores: tuple[RedisStore, RedisStore], server: Redis) -> None:
+    await server.script_flush()
+    await commands(server)
+    for times in (1, 0):
+        await stores[0].bump([ITEMS])
+        assert (await commands(server)).get("eval", 0) == times
+
+
+async def test_an_epoch_that_ends_between_two_trips_ends_the_entry(
+    stores: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = stores
+    await ask(Cache(one))
+    versions = other.versions
+
+    async def cleared(tags: Collection[str]) -> tuple[str, dict[str, int]]:
+        await one.clear()
+        return await versions(tags)
+
+    monkeypatch.setattr(other, "versions", cleared)
+    assert (await other.load("key", "fingerprint")).entry is None
+
+
 async def test_a_store_that_is_away_says_so(server_directory: Path) -> None:
     with servers.redis(server_directory) as url:
         store = RedisStore(url, "test")
@@ -309,6 +423,8 @@ async def test_a_store_that_is_away_says_so(server_directory: Path) -> None:
 def test_a_url_that_cannot_be_read_is_a_setting_that_cannot_work() -> None:
     with pytest.raises(ConfigurationError, match="redis://host"):
         RedisStore("localhost:6379", "test")
+    with pytest.raises(ConfigurationError, match="unheard_of"):
+        RedisStore("redis://localhost:6379?unheard_of=1", "test")
 
 
 async def test_each_loop_has_connections_of_its_own(redis_url: str) -> None:
@@ -321,4 +437,145 @@ async def test_each_loop_has_connections_of_its_own(redis_url: str) -> None:
     await store.bump([ITEMS])
     await asyncio.to_thread(asyncio.run, visit())
     assert (await store.load("key", "f")).instant.now == 2
+    await store.aclose()
+
+
+def test_uvloop_is_a_loop_like_any_other(redis_url: str) -> None:
+    async def visit() -> bytes | None:
+        store = RedisStore(redis_url, "test")
+        await store.versions([])
+        await store.save("key", entry(b"body"), 60)
+        found = await body(store, "key")
+        await store.aclose()
+        return found
+
+    assert uvloop.run(visit()) == b"body"
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_loop_that_was_held_up_reads_before_it_judges(redis_url: str, run: Callable[..., None]) -> None:
+
+    async def visit() -> None:
+        store = RedisStore(redis_url, "test")
+        await store.versions([])
+        trips = store.trips
+        look_up = asyncio.create_task(store.load("key", "f"))
+        while store.trips == trips:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        time.sleep(0.2)  # noqa: ASYNC251
+        await look_up
+        await store.aclose()
+
+    run(visit())
+
+
+# What the URL says
+
+
+@asynccontextmanager
+async def listening(
+    redis_url: str, listen: Callable[..., Awaitable[asyncio.Server]], **where: Any
+) -> AsyncIterator[asyncio.Server]:
+    """Another way to the same Redis."""
+    host, port = redis_url.removeprefix("redis://").removesuffix("/0").split(":")
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream, to_upstream = await asyncio.open_connection(host, port)
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(copy(reader, to_upstream), copy(upstream, writer))
+        served.set()
+
+    served = asyncio.Event()
+    server = await listen(serve, **where)
+    yield server
+    server.close()
+    await served.wait()
+
+
+async def test_a_unix_socket(redis_url: str, tmp_path: Path) -> None:
+    async with listening(redis_url, asyncio.start_unix_server, path=tmp_path / "redis"):
+        store = RedisStore(f"unix://{tmp_path / 'redis'}", "test")
+        await store.bump([ITEMS])
+        assert (await store.load("key", "f")).instant.now == 1
+        await store.aclose()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of localhost, and its key, in one file."""
+    path = tmp_path / "localhost.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", path, "-out", tmp_path / "cert"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + (tmp_path / "cert").read_bytes())
+    return path
+
+
+async def test_tls(redis_url: str, certificate: Path) -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate)
+    async with listening(redis_url, asyncio.start_server, host="localhost", port=0, ssl=tls) as server:
+        where = f"rediss://localhost:{server.sockets[0].getsockname()[1]}/0"
+        store = RedisStore(f"{where}?ssl_ca_certs={certificate}", "test")
+        await store.bump([ITEMS])
+        assert (await store.load("key", "f")).instant.now == 1
+        await store.aclose()
+        unknown = RedisStore(where, "test")
+        with pytest.raises(ConfigurationError, match="certificate"):
+            await unknown.ping()
+        await unknown.aclose()
+
+
+async def test_a_database_and_a_name(redis_url: str, server: Redis) -> None:
+    store = RedisStore(redis_url.removesuffix("/0") + "/3?client_name=overdrive", "test")
+    await store.bump([ITEMS])
+    clients = [(client["name"], client["db"]) for client in await server.client_list()]
+    assert ("overdrive", "3") in clients
+    assert not await server.exists("test:clock")
+    await store.clear()
+    await store.aclose()
+
+
+@pytest.fixture
+def own_server(server_directory: Path) -> Iterator[str]:
+    """A Redis that a test may change as it likes."""
+    with servers.redis(server_directory) as url:
+        yield url
+
+
+async def test_a_user_and_a_password(own_server: str) -> None:
+    async with Redis.from_url(own_server) as server:
+        await server.acl_setuser("app", enabled=True, passwords=["+p@ss"], keys=["*"], commands=["+@all"])
+        await server.config_set("requirepass", "secret")
+    for login in ("app:p%40ss@", ":secret@"):
+        store = RedisStore(own_server.replace("://", f"://{login}"), "test")
+        await store.ping()
+        await store.aclose()
+
+
+@pytest.mark.parametrize("login", ["", "app:wr0ng@", "nobody:wr0ng@", ":wr0ng@", "reader:p%40ss@"])
+async def test_a_login_that_is_refused_is_a_setting_to_correct(own_server: str, login: str) -> None:
+    async with Redis.from_url(own_server) as server:
+        await server.acl_setuser("app", enabled=True, passwords=["+p@ss"], keys=["*"], commands=["+@all"])
+        await server.acl_setuser("reader", enabled=True, passwords=["+p@ss"], keys=["*"], commands=["+@read", "+ping"])
+        await server.config_set("requirepass", "secret")
+    url = own_server.replace("://", f"://{login}") + "?password=wr0ng" * (not login)
+    store = RedisStore(url, "test")
+    with pytest.raises(ConfigurationError, match="correct the user name and password there") as raised:
+        await store.ping()
+    assert not any(secret in str(raised.value) for secret in ("wr0ng", "p@ss", "p%40ss"))
+    with pytest.raises(StoreUnavailable):
+        await store.bump([ITEMS])
+    await store.aclose()
+
+
+async def test_a_password_that_redis_does_not_have_is_a_setting_to_correct(redis_url: str) -> None:
+    store = RedisStore(redis_url.replace("://", "://:wr0ng@"), "test")
+    with pytest.raises(ConfigurationError, match="correct the user name and password there"):
+        await store.ping()
     await store.aclose()

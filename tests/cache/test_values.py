@@ -239,5 +239,6 @@ async def test_one_endpoints_response_is_dropped(service: Service) -> None:
 
     paths = "/numbers/1", "/numbers/2", "/numbers/1?q=x"
     assert await service.marks(*paths, *paths) == ["miss"] * 3 + ["hit"] * 3
-    await service.overdrive.cache.invalidate(get_number, number=1)
-    assert await service.marks(*paths) == ["miss", "hit", "miss"]
+    for _ in range(2):
+        await service.overdrive.cache.invalidate(get_number, number=1)
+        assert await service.marks(*paths) == ["miss", "hit", "miss"]

@@ -17,7 +17,7 @@ from .flight import Flight, Flights, Landed, Landing
 from .invalidation import Invalidator
 from .policy import Header, Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
-from .values import Values, call_tag, is_memoized, memoized_tag
+from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
 logger = logging.getLogger("overdrive")
 
@@ -26,9 +26,6 @@ P = ParamSpec("P")
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-
-#: Seconds during which a store that did not answer is not asked again.
-_REST = 1.0
 
 #: Seconds a request waits for another one's answer before it makes its own.
 _PATIENCE = 10.0
@@ -61,7 +58,6 @@ class Cache:
         self.invalidator = Invalidator(store)
         self.flights: Flights[Landing] = Flights()
         self._values = Values(self)
-        self._resting_until = 0.0
         self._complained: set[tuple[str | None, str]] = set()
 
     def use(self, store: Store) -> None:
@@ -81,15 +77,15 @@ class Cache:
 
         tags: names of what they read: a table, or `engine/table` for another engine's, or a tag of one's own.
         function, arguments: an endpoint and its path parameters, or a function that `memoize` has wrapped and its
-            arguments: what was kept of that call.
+            arguments: what was kept of that call, and of one in 65,536 others.
         """
         if what and callable(what[0]):
             function = inspect.unwrap(what[0])
             if is_memoized(what[0]):
-                tag = memoized_tag(function, *what[1:], **arguments)
+                key = key_of_memoized(function, *what[1:], **arguments)
             else:
-                tag = call_tag(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
-            await self.invalidator.announce([tag])
+                key = key_of_call(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
+            await self.invalidator.announce([tag_of_call(key)])
         else:
             await self.invalidator.announce(self.tags_of(what))
 
@@ -139,14 +135,11 @@ class Cache:
         if not self.enabled:
             exchange.bypass("off")
             return
-        if time.monotonic() < self._resting_until:
-            exchange.bypass("store-unavailable")
-            return
         try:
             await self.invalidator.catch_up()
             await self._load(exchange)
-        except StoreUnavailable as error:
-            self.rest(error)
+        except StoreUnavailable:
+            # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
 
     def held(self, key: str) -> Entry | None:
@@ -218,8 +211,7 @@ class Cache:
                 return None
             entry = Entry(FORMAT, fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
             await self.store.save(key, entry, ttl)
-        except StoreUnavailable as error:
-            self.rest(error)
+        except StoreUnavailable:
             return None
         return entry
 
@@ -228,11 +220,6 @@ class Cache:
         if (route, reason) not in self._complained:
             self._complained.add((route, reason))
             logger.warning("%s is marked @cached but its response cannot be: %s", route, reason)
-
-    def rest(self, error: StoreUnavailable) -> None:
-        """Leave a store that did not answer alone for a while."""
-        self._resting_until = time.monotonic() + _REST
-        logger.warning("the cache's store does not answer and is left alone for %g s: %s", _REST, error)
 
 
 def replayed(entry: Entry, now: float, if_none_match: bytes) -> tuple[Message, Message]:

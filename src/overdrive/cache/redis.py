@@ -1,16 +1,26 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
-Under the prefix lie `clock` (a hash of the epoch and the number of writes, which can only vanish together),
+Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
 `tag:*` (the write a tag was last named by) and `entry:*`.
+
+What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
+moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
+(https://redis.io/docs/latest/develop/reference/protocol-spec/), and hiredis parses the answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+import random
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any, cast
 
 from overdrive.errors import ConfigurationError
 
@@ -18,30 +28,62 @@ from .entry import Entry, Instant, decode, encode
 from .store import Found, StoreUnavailable
 
 try:
-    from redis.asyncio import BlockingConnectionPool, Redis
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
+    from hiredis import ProtocolError, Reader, ReplyError, pack_command
+    from redis.asyncio import ConnectionPool, SSLConnection, UnixDomainSocketConnection
     from redis.exceptions import RedisError
 except ImportError:
     raise ConfigurationError("redis_url needs redis-py, which is missing: pip install 'overdrive[redis]'") from None
 
-T = TypeVar("T")
+logger = logging.getLogger("overdrive")
 
-#: Seconds a request waits for Redis before it goes on without; the database answers sooner than a dead cache.
-_TIMEOUT = 0.5
+#: Seconds a look-up waits for Redis before it goes on without; the database answers sooner than a dead cache.
+_PATIENCE = 0.05
 
-#: The most connections a worker opens, and the seconds a request waits for one: a crowd is slower than one request.
-_CONNECTIONS = 50
-_QUEUE_TIMEOUT = 2.0
+#: Seconds of silence after which Redis is given up; a write should reach the other workers if it can.
+_DEADLINE = 0.5
 
-# KEYS: clock, tags...  ARGV: an epoch, should there be none.  Returns the epoch and the tags' stamps.
+#: Seconds until Redis is tried again: at first, and at most.
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 5.0
+
+#: Keys whose entries' tags are remembered, to be asked for together with the entry.
+_REMEMBERED = 10_000
+
+#: Seconds between two warnings of the same kind.
+_WARNING_INTERVAL = 60.0
+
+#: The refusals that leave look-ups possible, and what is to be done about them.
+_WRITE_REFUSALS = {
+    "OOM": "Redis is out of memory and keeps nothing new: raise its maxmemory, or let it evict with allkeys-lru",
+    "READONLY": "Redis is a read-only replica and cannot be told of writes: redis_url must name the primary",
+    "MISCONF": "Redis refuses writes since it cannot save to its disk: see its log",
+}
+
+
+class _Script:
+    """What Redis runs as one command, and the name it knows it by once it has seen it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+# KEYS: clock, tags...  ARGV: an epoch, should there be none.
+_CLOCK = """
+local clock = redis.call('GET', KEYS[1])
+if not clock then
+    clock = ARGV[1] .. ' 0'
+    redis.call('SET', KEYS[1], clock)
+end
+local epoch, now = string.match(clock, '(%S+) (%d+)')
+"""
+
+# Returns the clock and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
 # holds this very stamp is right, since no write came after it. So does a tag whose stamp is ahead of the clock:
 # it is of an earlier epoch, and no fill could be older than it.
-_VERSIONS = """
-redis.call('HSETNX', KEYS[1], 'epoch', ARGV[1])
-local now = redis.call('HGET', KEYS[1], 'now') or '0'
-local answer = {redis.call('HGET', KEYS[1], 'epoch')}
+_VERSIONS = _Script(f"""{_CLOCK}
+local answer = {{clock}}
 for i = 2, #KEYS do
     local stamp = redis.call('GET', KEYS[i])
     if not stamp or tonumber(stamp) > tonumber(now) then
@@ -51,27 +93,26 @@ for i = 2, #KEYS do
     answer[i] = stamp
 end
 return answer
-"""
+""")
 
-# KEYS: clock, tags...  ARGV: an epoch, should there be none.
-_BUMP = """
-redis.call('HSETNX', KEYS[1], 'epoch', ARGV[1])
-local now = redis.call('HINCRBY', KEYS[1], 'now', 1)
+_BUMP = _Script(f"""{_CLOCK}
+now = string.format('%.0f', now + 1)
+redis.call('SET', KEYS[1], epoch .. ' ' .. now)
 for i = 2, #KEYS do
     redis.call('SET', KEYS[i], now)
 end
-"""
+""")
 
-# KEYS: clock.  ARGV: the new epoch.
-_CLEAR = """
-redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'now', 0)
-"""
+_LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
+
+#: What the parser says of a reply that has not arrived as a whole.
+_NOT_ALL = object()
 
 
 class RedisStore:
     """A store that all workers share.
 
-    url: where Redis is.
+    url: where Redis is: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
     prefix: what every key starts with.
 
     Raises `ConfigurationError` for a URL that cannot be read.
@@ -82,33 +123,49 @@ class RedisStore:
         self._prefix = prefix
         self._clock = f"{prefix}:clock"
         self._seen: Instant | None = None
-        # Connections belong to the loop they were opened on; scripts and tests have several.
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, Redis] = WeakKeyDictionary()
         try:
-            self._connect()
-        except ValueError as error:
+            self._address = _Address(url)
+        except (ValueError, TypeError, RedisError) as error:
             raise ConfigurationError(
                 f"the Redis URL cannot be read: {error}; it looks like redis://host:6379/0"
             ) from None
-
-    def _connect(self) -> Redis:
-        # A crowd of requests waits for a connection; it does not take a busy Redis for a dead one.
-        pool = BlockingConnectionPool.from_url(
-            self._url,
-            max_connections=_CONNECTIONS,
-            timeout=_QUEUE_TIMEOUT,
-            socket_timeout=_TIMEOUT,
-            socket_connect_timeout=_TIMEOUT,
-            retry=Retry(NoBackoff(), 1),
-        )
-        return Redis.from_pool(pool)
+        # Connections belong to the loop they were opened on; scripts and tests have several.
+        self._links: dict[asyncio.AbstractEventLoop, _Link] = {}
+        #: For each key the tags of its entry as it was last seen, with their names in Redis.
+        self._tags: OrderedDict[str, dict[str, str]] = OrderedDict()
+        #: Commands that were sent, and look-ups they answered.
+        self.trips = 0
+        self.batched = 0
+        #: Entries that were damaged or another release's, and those Redis had no memory for.
+        self.unreadable = 0
+        self.refused_fills = 0
+        #: How often Redis was found to be away.
+        self.opened = 0
 
     async def ping(self) -> None:
         """Ask Redis for an answer; `ConfigurationError` says in one line why it gave none."""
+        where = _without_secrets(self._url)
         try:
-            await self._ask(lambda client: client.ping())
-        except StoreUnavailable as error:
-            raise ConfigurationError(f"Redis at {_without_password(self._url)} cannot be reached: {error}") from None
+            async with asyncio.timeout(_DEADLINE):
+                await self._visit()
+        except (OSError, UnicodeError, StoreUnavailable) as error:
+            why = str(error) or type(error).__name__
+            if _is_about_login(why):
+                raise ConfigurationError(
+                    f"Redis at {where} refuses the user of redis_url: correct the user name and password there, "
+                    f"or what Redis' ACL permits ({why})"
+                ) from None
+            raise ConfigurationError(f"Redis at {where} cannot be reached: {why}") from None
+
+    async def _visit(self) -> None:
+        """Do what look-ups and announcements do, on a connection of its own and whether the breaker is open or not."""
+        connection = await self._address.connect(self._link())
+        try:
+            begin = ("EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8))
+            await connection.demand(("MGET", self._clock), begin)
+        finally:
+            connection.close("closed")
+            await connection.closed
 
     def seen(self) -> Instant | None:
         """Return the clock as it was in the last answer."""
@@ -118,66 +175,463 @@ class RedisStore:
         """Nothing is in this process."""
 
     async def load(self, key: str, fingerprint: str) -> Found:
-        """Look up an entry and the clock, and then the stamps of its tags."""
-
-        async def ask(client: Redis) -> Any:
-            pipeline = client.pipeline(transaction=False)
-            pipeline.get(f"{self._prefix}:entry:{key}")
-            pipeline.hmget(self._clock, "epoch", "now")
-            return await pipeline.execute()
-
-        data, (epoch, now) = await self._ask(ask)
-        if epoch is None:
-            new_epoch, _ = await self.versions(())
-            self._seen = Instant(new_epoch, 0)
-        else:
-            self._seen = Instant(epoch.decode(), int(now or 0))
-        entry = decode(data, fingerprint) if data is not None else None
-        if entry is None:
+        """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
+        name, tags = f"{self._prefix}:entry:{key}", self._tags.get(key, {})
+        answer = await self._link().read((name, *tags.values()))
+        if answer.instant is None:
+            self._seen, _ = await self._stamped(())
             return Found(None, self._seen, {})
-        epoch, versions = await self.versions(entry.versions)
-        # Cleared in between: the instant must not be later than what a request reads after it.
-        return Found(entry if epoch == self._seen.epoch else None, self._seen, versions)
+        self._seen = answer.instant
+        entry = self._entry(answer, name, fingerprint)
+        if entry is None:
+            return Found(None, answer.instant, {})
+        self._remember(key, entry.versions)
+        versions = answer.stamps(self._tags[key])
+        if versions is None:
+            epoch, versions = await self.versions(entry.versions)
+            # Cleared in between: the instant must not be later than what a request reads after it.
+            if epoch != answer.instant.epoch:
+                entry = None
+        return Found(entry, answer.instant, versions)
+
+    def _entry(self, answer: _Answer, name: str, fingerprint: str) -> Entry | None:
+        data = answer.values[name]
+        if data is None:
+            return None
+        # A key that many ask for at once is decoded once.
+        entry = answer.entries.get(name)
+        if entry is None or entry.fingerprint != fingerprint:
+            entry = decode(data, fingerprint)
+            if entry is None:
+                self.unreadable += 1
+            else:
+                answer.entries[name] = entry
+        return entry
+
+    def _remember(self, key: str, versions: Mapping[str, int]) -> None:
+        known = self._tags.get(key)
+        if known is None or known.keys() != versions.keys():
+            self._tags[key] = self._names(versions)
+            if len(self._tags) > _REMEMBERED:
+                self._tags.popitem(last=False)
+        self._tags.move_to_end(key)
+
+    def _names(self, tags: Iterable[str]) -> dict[str, str]:
+        return {tag: f"{self._prefix}:tag:{tag}" for tag in tags}
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
-        """Return the epoch and the stamp of each tag, in one round trip."""
-        epoch, *stamps = await self._run(_VERSIONS, tags)
-        return epoch.decode(), dict(zip(tags, map(int, stamps), strict=True))
+        """Return the epoch and the stamp of each tag, in one round trip, unless a stamp was evicted."""
+        names = self._names(tags)
+        answer = await self._link().read(names.values())
+        stamps = answer.stamps(names)
+        if answer.instant is not None and stamps is not None:
+            return answer.instant.epoch, stamps
+        instant, stamps = await self._stamped(tags)
+        return instant.epoch, stamps
+
+    async def _stamped(self, tags: Collection[str]) -> tuple[Instant, dict[str, int]]:
+        """Begin a clock and stamp tags where there is none, and return them."""
+        clock, *stamps = await self._run(_VERSIONS, tags, patient=False)
+        return _instant(clock), dict(zip(tags, map(int, stamps), strict=True))
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
-        """Keep an entry for `ttl` seconds."""
+        """Keep an entry for `ttl` seconds, if Redis has memory for it."""
         name, data = f"{self._prefix}:entry:{key}", encode(entry)
-        await self._ask(lambda client: client.set(name, data, px=max(1, int(ttl * 1000))))
+        try:
+            await self._link().ask("SET", name, data, "PX", max(1, int(ttl * 1000)))
+        except StoreUnavailable as error:
+            if _code(str(error)) != "OOM":
+                raise
+            self.refused_fills += 1
+        else:
+            self._remember(key, entry.versions)
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
-        await self._run(_BUMP, tags)
+        await self._run(_BUMP, tags, patient=True)
 
     async def clear(self) -> None:
         """Begin a new epoch; entries of the old one leave with their time to live."""
-        await self._run(_CLEAR, ())
+        await self._link().ask("SET", self._clock, f"{secrets.token_hex(8)} 0")
 
     async def aclose(self) -> None:
-        """Close this loop's connections."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        """Close this loop's connection."""
+        link = self._links.pop(asyncio.get_running_loop(), None)
+        if link is not None:
+            await link.aclose()
 
-    async def _run(self, script: str, tags: Collection[str]) -> Any:
-        keys = [self._clock, *(f"{self._prefix}:tag:{tag}" for tag in tags)]
-        return await self._ask(lambda client: client.eval(script, len(keys), *keys, secrets.token_hex(8)))
-
-    async def _ask(self, command: Callable[[Redis], Awaitable[T]]) -> T:
-        loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            client = self._clients[loop] = self._connect()
+    async def _run(self, script: _Script, tags: Collection[str], *, patient: bool) -> Any:
+        names = (self._clock, *self._names(tags).values())
+        arguments: tuple[str | int, ...] = (len(names), *names, secrets.token_hex(8))
+        link = self._link()
         try:
-            return await command(client)
-        except (RedisError, OSError, TimeoutError) as error:
-            raise StoreUnavailable(str(error) or type(error).__name__) from error
+            return await link.ask("EVALSHA", script.digest, *arguments, patient=patient)
+        except StoreUnavailable as error:
+            if _code(str(error)) != "NOSCRIPT":
+                raise
+        return await link.ask("EVAL", script.text, *arguments, patient=patient)
+
+    def _link(self) -> _Link:
+        loop = asyncio.get_running_loop()
+        link = self._links.get(loop)
+        if link is None:
+            link = self._links[loop] = _Link(self, loop, self._address, self._clock)
+        return link
 
 
-def _without_password(url: str) -> str:
+class _Answer:
+    """What Redis held at one moment, under the names the look-ups of one tick asked for.
+
+    instant: the clock; None where there is none.
+    values: what lies under each name.
+    entries: those of the values that have been decoded.
+    """
+
+    __slots__ = ("entries", "instant", "values")
+
+    def __init__(self, clock: bytes | None, values: dict[str, bytes | None]) -> None:
+        self.instant = None if clock is None else _instant(clock)
+        self.values = values
+        self.entries: dict[str, Entry] = {}
+
+    def stamps(self, names: dict[str, str]) -> dict[str, int] | None:
+        """Return the stamp of each tag; None where one was not asked for, is missing or is ahead of the clock."""
+        if self.instant is None:
+            return None
+        stamps = {}
+        for tag, name in names.items():
+            value = self.values.get(name)
+            if value is None or (stamp := int(value)) > self.instant.now:
+                return None
+            stamps[tag] = stamp
+        return stamps
+
+
+class _Link:
+    """From one event loop to Redis: the connection, what the present tick asks for, and the circuit breaker.
+
+    The breaker is closed while Redis answers. A failure opens it, and every call fails at once. The first call
+    after a pause has one attempt to connect made, which it does not wait for; its success closes the breaker.
+    """
+
+    def __init__(self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: _Address, clock: str) -> None:
+        self._store = store
+        self._loop = loop
+        self._address = address
+        self._clock = clock
+        self._connection: _Connection | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connecting_since = 0.0
+        #: What the present tick asks for, and who does.
+        self._names: dict[str, None] = {}
+        self._readers: list[asyncio.Future[_Answer]] = []
+        # The breaker. Without a time to retry at, it is closed.
+        self._retry_at: float | None = None
+        self._pause = _FIRST_PAUSE
+        self._closed_at = float("-inf")
+        self._why = ""
+        self._warned: dict[str, float] = {}
+
+    async def read(self, names: Collection[str]) -> _Answer:
+        """Return the clock and what lies under `names`, asked for together with what others ask for in this tick."""
+        connection = self._connection or await self._connected()
+        if connection.late:
+            raise StoreUnavailable(_LATE)
+        if not self._readers:
+            self._loop.call_soon(self._send_reads)
+        self._names.update(dict.fromkeys(names))
+        reader: asyncio.Future[_Answer] = self._loop.create_future()
+        self._readers.append(reader)
+        return await reader
+
+    def _send_reads(self) -> None:
+        names, self._names = self._names, {}
+        readers, self._readers = self._readers, []
+        deliver = partial(self._deliver, readers, list(names))
+        if self._connection is None:
+            deliver(StoreUnavailable(self._why))
+        else:
+            self._store.trips += 1
+            self._connection.send(("MGET", self._clock, *names), deliver, patient=False)
+
+    def _deliver(self, readers: list[asyncio.Future[_Answer]], names: list[str], reply: Any) -> None:
+        error = self._error(reply)
+        waiting = [reader for reader in readers if not reader.done()]
+        if error is not None:
+            for reader in waiting:
+                reader.set_exception(StoreUnavailable(str(error)))
+            return
+        self._store.batched += len(waiting)
+        answer = _Answer(reply[0], dict(zip(names, reply[1:], strict=True)))
+        for reader in waiting:
+            reader.set_result(answer)
+
+    async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
+        """Send one command, and return the reply to it."""
+        connection = self._connection or await self._connected()
+        self._store.trips += 1
+        reply = await connection.ask(*command, patient=patient)
+        error = self._error(reply)
+        if error is not None:
+            raise error
+        return reply
+
+    def _error(self, reply: Any) -> StoreUnavailable | None:
+        if isinstance(reply, StoreUnavailable):
+            return reply
+        if not isinstance(reply, ReplyError):
+            return None
+        error = StoreUnavailable(str(reply))
+        code = _code(str(error))
+        if code in _WRITE_REFUSALS:
+            self._warn(_WRITE_REFUSALS[code])
+        elif code != "NOSCRIPT" and self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close(str(error))
+            self._open(str(error))
+        return error
+
+    def fell_behind(self) -> None:
+        """Take note that look-ups are no longer waited for."""
+        self._warn(_LATE)
+
+    def _warn(self, message: str) -> None:
+        now = time.monotonic()
+        if now - self._warned.get(message, float("-inf")) >= _WARNING_INTERVAL:
+            self._warned[message] = now
+            logger.warning("the cache's store: %s", message)
+
+    async def _connected(self) -> _Connection:
+        now = self._loop.time()
+        if self._retry_at is not None:
+            if self._connecting is None and now >= self._retry_at:
+                self._connect(now)
+            raise StoreUnavailable(self._why)
+        connecting = self._connecting or self._connect(now)
+        if now - self._connecting_since > _PATIENCE:
+            raise StoreUnavailable(_LATE)
+        await asyncio.wait([connecting])
+        if self._connection is None:
+            raise StoreUnavailable(self._why)
+        return self._connection
+
+    def _connect(self, now: float) -> asyncio.Task[None]:
+        self._connecting_since = now
+        self._connecting = self._loop.create_task(self._try_to_connect())
+        return self._connecting
+
+    async def _try_to_connect(self) -> None:
+        try:
+            async with asyncio.timeout(_DEADLINE):
+                self._connection = await self._address.connect(self)
+        except TimeoutError:
+            self._open(f"Redis has not answered for {_DEADLINE:g} s")
+        except (OSError, UnicodeError, StoreUnavailable) as error:
+            self._open(str(error) or type(error).__name__)
+        else:
+            self._close()
+        finally:
+            self._connecting = None
+
+    def lost(self, connection: _Connection, why: str, *, waited: bool) -> None:
+        """Take note that a connection is gone; that is a failure if somebody waited for an answer."""
+        if connection is self._connection:
+            self._connection, self._why = None, why
+            if waited:
+                self._open(why)
+
+    def _open(self, why: str) -> None:
+        now = self._loop.time()
+        if self._retry_at is None:
+            # One that keeps failing right after it was reached is not to be tried ten times a second.
+            if now - self._closed_at > _LONGEST_PAUSE:
+                self._pause = _FIRST_PAUSE
+            self._store.opened += 1
+            logger.warning("the cache's store does not answer and is left alone until it does: %s", why)
+        self._why = why
+        self._retry_at = now + self._pause * random.uniform(0.5, 1)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+    def _close(self) -> None:
+        if self._retry_at is not None:
+            self._retry_at = None
+            self._closed_at = self._loop.time()
+            logger.info("the cache's store answers again")
+
+    async def aclose(self) -> None:
+        """Close the connection, or give up connecting."""
+        self._why = "closed"
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            connection.close(self._why)
+            await connection.closed
+
+
+class _Trip:
+    """A command that is on its way, and who gets the reply to it: its value, or the exception that it is."""
+
+    __slots__ = ("deliver", "patient", "sent")
+
+    def __init__(self, sent: float, deliver: Callable[[Any], None], patient: bool) -> None:
+        self.sent = sent
+        self.deliver = deliver
+        self.patient = patient
+
+
+class _Connection(asyncio.Protocol):
+    """Commands on one socket, written at once and answered in their order.
+
+    link: told when Redis is late, and when the socket is gone.
+    """
+
+    def __init__(self, link: _Link) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._link = link
+        self._reader = Reader(notEnoughData=_NOT_ALL)
+        self._trips: deque[_Trip] = deque()
+        self._heard = 0.0
+        self._watch: asyncio.TimerHandle | None = None
+        self._closing = False
+        #: Whether Redis owes an answer for longer than a look-up waits for one.
+        self.late = False
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    def ask(self, *command: str | int | bytes, patient: bool = True) -> asyncio.Future[Any]:
+        """Send a command; the future's result is the reply, or the exception that it is."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self.send(command, partial(_settle, future), patient=patient)
+        return future
+
+    async def demand(self, *commands: tuple[str | int, ...]) -> None:
+        """Send commands together, and raise `StoreUnavailable` if one of them is refused."""
+        for reply in [self.ask(*command) for command in commands]:
+            if isinstance(error := await reply, ReplyError | StoreUnavailable):
+                raise StoreUnavailable(str(error))
+
+    def send(self, command: tuple[str | int | bytes, ...], deliver: Callable[[Any], None], *, patient: bool) -> None:
+        """Send a command."""
+        now = self._loop.time()
+        self._trips.append(_Trip(now, deliver, patient))
+        if self._watch is None:
+            self._watch = self._loop.call_at(now + _PATIENCE, self._judge)
+        self._transport.write(pack_command(command))  # type: ignore[arg-type]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the socket."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand out the replies that are complete."""
+        self._heard = self._loop.time()
+        self._reader.feed(data)
+        try:
+            while (reply := self._reader.gets()) is not _NOT_ALL:
+                self._trips.popleft().deliver(reply)
+            self.late = self.late and bool(self._trips) and self._heard - self._trips[0].sent >= _PATIENCE
+        except (ProtocolError, IndexError) as error:
+            self.close(f"Redis is not understood: {error}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Fail what still waits."""
+        self.close(f"Redis closed the connection{f': {error}' if error else ''}")
+        self.closed.set_result(None)
+
+    def close(self, why: str) -> None:
+        """Drop the socket, and fail what still waits."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
+        self._transport.abort()
+        trips, self._trips = self._trips, deque()
+        self._link.lost(self, why, waited=bool(trips))
+        for trip in trips:
+            trip.deliver(StoreUnavailable(why))
+
+    def _judge(self) -> None:
+        self._watch = None
+        if not self._trips:
+            return
+        now, sent = self._loop.time(), self._trips[0].sent
+        heard = max(sent, self._heard)
+        if now - heard >= _DEADLINE:
+            self.close(f"Redis has not answered for {_DEADLINE:g} s")
+            return
+        # A reply that arrives in parts is not late. Loops read their sockets before they run their timers.
+        since = heard if self._reader.has_data() else sent
+        if now - since >= _PATIENCE and not self.late:
+            self.late = True
+            self._link.fell_behind()
+            self._fail_look_ups()
+        self._watch = self._loop.call_at((now if self.late else since) + _PATIENCE, self._judge)
+
+    def _fail_look_ups(self) -> None:
+        for trip in self._trips:
+            if not trip.patient:
+                # Who was told does not listen to the reply any more.
+                trip.deliver(StoreUnavailable(_LATE))
+
+
+def _settle(future: asyncio.Future[Any], reply: Any) -> None:
+    if not future.done():
+        future.set_result(reply)
+
+
+class _Address:
+    """Where a URL says that Redis is, and what is said to it first."""
+
+    def __init__(self, url: str) -> None:
+        pool: Any = ConnectionPool.from_url(url)
+        self._parts = parts = pool.make_connection()
+        self._greeting: list[tuple[str | int, ...]] = []
+        if parts.username or parts.password:
+            self._greeting.append(("AUTH", *([parts.username] if parts.username else ()), parts.password or ""))
+        if parts.client_name:
+            self._greeting.append(("CLIENT", "SETNAME", parts.client_name))
+        if parts.db:
+            self._greeting.append(("SELECT", parts.db))
+        # Refused by a server that is still loading, and by one that does not know us.
+        self._greeting.append(("PING",))
+
+    async def connect(self, link: _Link) -> _Connection:
+        """Open a connection, log in and choose the database."""
+        connection = await self._socket(partial(_Connection, link))
+        try:
+            await connection.demand(*self._greeting)
+        except BaseException:
+            connection.close("closed")
+            await connection.closed
+            raise
+        return connection
+
+    async def _socket(self, protocol: Callable[[], _Connection]) -> _Connection:
+        loop, parts = asyncio.get_running_loop(), self._parts
+        if isinstance(parts, UnixDomainSocketConnection):
+            return (await loop.create_unix_connection(protocol, parts.path))[1]
+        tls = parts.ssl_context.get() if isinstance(parts, SSLConnection) else None
+        return (await loop.create_connection(protocol, parts.host, parts.port, ssl=tls))[1]
+
+
+def _code(error: str) -> str | None:
+    """Return the code of Redis' error, as `OOM`; before Redis 7 a script's error has that of its command inside."""
+    codes: list[str] = re.findall(r"(?:^| -)([A-Z]+)\b", error)
+    return codes[-1] if codes else None
+
+
+def _is_about_login(error: str) -> bool:
+    # A password where Redis has none is an `ERR AUTH <password> called without any password configured`.
+    return _code(error) in ("WRONGPASS", "NOAUTH", "NOPERM") or "AUTH" in error
+
+
+def _instant(clock: bytes) -> Instant:
+    epoch, now = clock.split()
+    return Instant(epoch.decode(), int(now))
+
+
+def _without_secrets(url: str) -> str:
     scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

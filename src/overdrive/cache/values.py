@@ -26,17 +26,26 @@ P = ParamSpec("P")
 Load = Callable[[], Awaitable[Any]]
 
 
-def call_tag(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
-    """Return the tag of what a function, or an endpoint with these path parameters, gives for these arguments."""
+def key_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """Return what stands for a call of a function, or of an endpoint with these path parameters, as text."""
     parts = function.__module__, function.__qualname__, sorted((name, str(value)) for name, value in arguments.items())
-    return f"call/{_digest(parts)}"
+    return _digest(parts)
 
 
-def memoized_tag(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Return the tag of what a function gives, by all of its arguments, which 1 and "1" are not the same of."""
+def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Return what stands for a call of a function with all of its arguments, of which 1 is not "1"."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    return call_tag(function, {name: repr(value) for name, value in bound.arguments.items()})
+    return key_of_call(function, {name: repr(value) for name, value in bound.arguments.items()})
+
+
+def tag_of_call(key: str) -> str:
+    """Return the tag of what a call gives.
+
+    A store remembers every tag, so there is no more than one for each 65,536th part of all calls, and some are
+    dropped with another.
+    """
+    return f"call/{key[:4]}"
 
 
 def _digest(parts: Any) -> str:
@@ -67,8 +76,7 @@ class Values:
         while True:
             try:
                 entry, instant = await self._find(name, fingerprint)
-            except StoreUnavailable as unavailable:
-                self._cache.rest(unavailable)
+            except StoreUnavailable:
                 return await load()
             if entry is None:
                 flight, leads = self._flights.join((name, instant))
@@ -145,9 +153,11 @@ class Values:
             nonlocal type_
             if type_ is None:
                 type_ = get_type_hints(function).get("return", Any)
-            own = memoized_tag(function, *args, **kwargs)
+            own = key_of_memoized(function, *args, **kwargs)
             load = functools.partial(function, *args, **kwargs)
-            value: T = await self.get_or_set(own, load, type_=type_, ttl=ttl, tags=self._cache.tags_of([*tags, own]))
+            value: T = await self.get_or_set(
+                own, load, type_=type_, ttl=ttl, tags=[*self._cache.tags_of(tags), tag_of_call(own)]
+            )
             return value
 
         setattr(call, _MEMOIZED, True)
