@@ -223,6 +223,19 @@ async def test_a_function_is_answered_by_its_arguments(service: Service) -> None
     assert ran[3:] == [(1, "EUR")]
 
 
+async def test_a_function_with_reads_nobody_can_name_needs_a_tag(service: Service) -> None:
+    ran: list[int] = []
+
+    async def count() -> int:
+        ran.append(1)
+        async with service.overdrive.session() as db:
+            await db.execute(text("SELECT 1"))
+        return len(ran)
+
+    alone, tagged = service.overdrive.cache.memoize()(count), service.overdrive.cache.memoize(tags=["rates"])(count)
+    assert [await alone(), await alone(), await tagged(), await tagged()] == [1, 2, 3, 3]
+
+
 def test_only_coroutine_functions_are_memoized() -> None:
     from overdrive.cache.cache import Cache
     from overdrive.cache.store import MemoryStore

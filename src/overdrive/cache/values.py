@@ -45,7 +45,7 @@ def tag_of_call(key: str) -> str:
     A store remembers every tag, so there is no more than one for each 65,536th part of all calls, and some are
     dropped with another.
     """
-    return f"call/{key[:4]}"
+    return _CALL + key[:4]
 
 
 def _digest(parts: Any) -> str:
@@ -53,6 +53,7 @@ def _digest(parts: Any) -> str:
 
 
 _MEMOIZED = "__overdrive_memoized__"
+_CALL = "call/"
 
 
 def is_memoized(function: Callable[..., Any]) -> bool:
@@ -133,8 +134,8 @@ class Values:
         self, reads: Reads, tags: Collection[str], where: tuple[str, str, Instant, float | None], body: bytes
     ) -> Entry | None:
         name, fingerprint, instant, ttl = where
-        # Reads nobody can name make a value that nobody can outdate, unless it says by what.
-        if reads.unknown and not tags:
+        # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
+        if reads.unknown and all(tag.startswith(_CALL) for tag in tags):
             return None
         return await self._cache.keep(
             name, fingerprint, instant, reads.tags | set(tags), ttl or self._cache.ttl, headers=[], body=body
