@@ -28,8 +28,9 @@ Load = Callable[[], Awaitable[Any]]
 
 def key_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
     """Return what stands for a call of a function, or of an endpoint with these path parameters, as text."""
-    parts = function.__module__, function.__qualname__, sorted((name, str(value)) for name, value in arguments.items())
-    return _digest(parts)
+    # An object that can be called has its class's name; what it gives is dropped with what others of them give.
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return _digest((function.__module__, name, sorted((name, str(value)) for name, value in arguments.items())))
 
 
 def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
