@@ -70,12 +70,17 @@ PLANS = [
             Rival("cashews, memory", "cashews_cache:memory", "/cached/4711"),
             Rival("Litestar, memory", "litestar_cache:memory", "/cached/4711"),
             Rival("Overdrive, memory", "with_overdrive:service", "/cached/4711", ours=True),
+            Rival("CacheMiddleware, bare ASGI", "bare_asgi:behind_cache_middleware", "/", ours=True),
             Rival("fastapi-cache2, Redis", "fastapi_cache2:redis", "/cached/4711"),
             Rival("cashews, Redis", "cashews_cache:redis", "/cached/4711"),
             Rival("Litestar, Redis", "litestar_cache:redis", "/cached/4711"),
             Rival("Overdrive, Redis", "with_overdrive:service_on_redis", "/cached/4711", ours=True),
         ],
-        [Claim("Overdrive, memory", "fastapi-cache2, memory", 1.0)],
+        [
+            Claim("Overdrive, memory", "Litestar, memory", 1.0),
+            Claim("Overdrive, memory", "cashews, memory", 4.0),
+            Claim("Overdrive, Redis", "Litestar, Redis", 1.0),
+        ],
     ),
     Plan(
         "page",

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from overdrive import CacheMiddleware
+
 _BODY = (
     b'{"id":4711,"email":"chen.lopez.4711@example.com","name":"Chen Lopez","country":"GB",'
     b'"created_at":"2023-02-23T04:29:22","active":false}'
@@ -15,6 +17,7 @@ _HEADERS = [
     (b"x-cache", b"hit"),
     (b"age", b"1"),
     (b"x-request-id", b"0123456789abcdef"),
+    (b"etag", b'"0123456789abcdef0123456789abcdef"'),
 ]
 
 
@@ -27,3 +30,15 @@ def constant() -> Any:
             await send({"type": "http.response.body", "body": _BODY})
 
     return app
+
+
+def behind_cache_middleware() -> Any:
+    """Return an app that allows its bytes to be cached, with Overdrive's cache for any ASGI app in front."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            headers = [*_HEADERS[:2], (b"cache-control", b"max-age=3600")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": _BODY})
+
+    return CacheMiddleware(app)
