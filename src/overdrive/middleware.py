@@ -70,13 +70,24 @@ class Observer:
 
     async def _answer(self, policy: Policy, entry: Entry, scope: Scope, send: Send) -> None:
         """Answer from the cache at once: there is nothing between here and the router that should have a look."""
-        started = time.perf_counter()
         installation = self._installation
-        context = _context_of(scope, installation)
-        _note_hit(context, policy, scope)
         start, body = replayed(entry, installation.cache.clock(), if_none_match(scope["headers"]))
-        start["headers"].append((installation.request_id_header, context.request_id.encode()))
+        request_id = _new_id()
+        start["headers"].append((installation.request_id_header, request_id.encode()))
+        _tell_route(scope, policy.route)
+        if self._is_heard():
+            await self._answer_heard(policy, request_id, scope, send, start, body)
+        else:
+            await send(start)
+            await send(body)
+
+    async def _answer_heard(
+        self, policy: Policy, request_id: str, scope: Scope, send: Send, start: Message, body: Message
+    ) -> None:
+        context = _context_of(scope, self._installation, request_id)
+        context.route, context.cache_status = policy.route, "hit"
         context.status, context.bytes_sent = start["status"], len(body["body"])
+        started = time.perf_counter()
         try:
             await send(start)
             await send(body)
@@ -103,7 +114,7 @@ class Observer:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation
-        context = _context_of(scope, installation)
+        context = _context_of(scope, installation, _new_id())
         id_header = installation.request_id_header, context.request_id.encode()
         installation.begin(context)
         complete = gone = False
@@ -146,13 +157,18 @@ class Observer:
                 context.duration = time.perf_counter() - started
                 self._tell(context)
 
+    def _is_heard(self) -> bool:
+        return listening() or self._is_logged()
+
+    def _is_logged(self) -> bool:
+        return self._installation.logs_events and request_log.isEnabledFor(logging.INFO)
+
     def _tell(self, context: RequestContext) -> None:
-        logged = self._installation.logs_events and request_log.isEnabledFor(logging.INFO)
-        if not (logged or listening()):
+        if not self._is_heard():
             return
         event = RequestEvent.of(context)
         publish(event)
-        if logged:
+        if self._is_logged():
             request_log.info(
                 "%s %s %s %.1f ms",
                 event.method,
@@ -163,19 +179,22 @@ class Observer:
             )
 
 
-def _note_hit(context: RequestContext, policy: Policy, scope: Scope) -> None:
-    context.route, context.cache_status = policy.route, "hit"
-    # What FastAPI's own telemetry calls the request, which otherwise the router tells it.
+def _tell_route(scope: Scope, route: str | None) -> None:
+    """Tell FastAPI's own telemetry what the request is called, as otherwise the router does."""
     telemetry = scope.get("fastapi.telemetry")
     if telemetry is not None:
-        telemetry.route = policy.route
+        telemetry.route = route
 
 
-def _context_of(scope: Scope, installation: Installation) -> RequestContext:
+def _new_id() -> str:
+    return os.urandom(8).hex()
+
+
+def _context_of(scope: Scope, installation: Installation, request_id: str) -> RequestContext:
     traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
     trace = _TRACEPARENT.fullmatch(traceparent)
     return RequestContext(
-        request_id=os.urandom(8).hex(),
+        request_id=request_id,
         method=scope.get("method", "WEBSOCKET"),
         path=scope["path"],
         query=scope["query_string"].decode("latin-1"),
@@ -217,7 +236,8 @@ class RequestPath:
             exchange = Exchange(self._installation.cache, policy, key, context, if_none_match(scope["headers"]))
             await exchange.look_up()
             if exchange.entry is not None:
-                _note_hit(context, policy, scope)
+                context.route = policy.route
+                _tell_route(scope, policy.route)
                 await exchange.answer(send)
                 return
             context.exchange = exchange

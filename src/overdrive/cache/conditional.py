@@ -23,7 +23,7 @@ def with_etag(headers: Sequence[Header], body: bytes) -> list[Header]:
 
 def if_none_match(headers: Iterable[Header]) -> bytes:
     """Return what a request says of entity tags it has."""
-    return b", ".join(value for name, value in headers if name == b"if-none-match")
+    return b", ".join([value for name, value in headers if name == b"if-none-match"])
 
 
 def is_current(known: bytes, headers: Sequence[Header]) -> bool:

@@ -92,7 +92,11 @@ class Shortcuts(Generic[V]):
 
 
 def _address(scope: Mapping[str, Any], tenant: str | None) -> tuple[Any, ...]:
-    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    host = b""
+    for name, value in scope["headers"]:
+        if name == b"host":
+            host = value
+            break
     return tenant, host, scope["path"], scope["query_string"]
 
 
