@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -27,8 +28,14 @@ def keep_off_the_first_core() -> None:
 def database_cpu() -> float:
     """CPU time in seconds that the databases this process started have used so far."""
     children = psutil.Process().children(recursive=True)
-    times = [child.cpu_times() for child in children if child.name().startswith(_DATABASES)]
-    return sum(time.user + time.system for time in times)
+    used = 0.0
+    for child in children:
+        # PostgreSQL's workers come and go.
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(_DATABASES):
+                times = child.cpu_times()
+                used += times.user + times.system
+    return used
 
 
 class RivalError(Exception):
