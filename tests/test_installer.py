@@ -299,8 +299,10 @@ def test_under_the_test_client_again_and_again(url: str) -> None:
                 assert http.get("/items").json()["total"] == 1
 
 
-# A connection whose event loop is gone can be left behind, not closed; Python says so.
+# A connection whose event loop is gone can be left behind, not closed; Python says so. When aiosqlite's is collected,
+# its thread reports to whatever loop there is, which here may be gone as well.
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_under_the_test_client_without_a_lifespan(url: str) -> None:
     """Each request in an event loop of its own."""
     with tables(url) as database:
