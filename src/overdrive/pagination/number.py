@@ -149,8 +149,7 @@ class Plan:
         """Take a statement apart; raises `PageError` where it cannot be paginated."""
         stmt = limitable(stmt)
         roots = roots_of(stmt)
-        fills = roots is not stmt and any(joined_loads(stmt))
-        projection = projected(roots, model) if model is not None and not fills else None
+        projection = projected(roots, model) if model is not None and not _fills(stmt, roots) else None
         row = row_maker(projection.columns if projection is not None else ())
         return cls(stmt, roots, width_of(stmt), projection, row, {})
 
@@ -204,7 +203,7 @@ def _rows(stmt: Statement, roots: Statement, is_deep: bool) -> Statement:
     limit, offset = bindparam(_LIMIT, type_=Integer()), bindparam(_OFFSET, type_=Integer())
     ordered = _ordered(roots)
     entity = entity_of(stmt)
-    fills = stmt is not roots and any(joined_loads(stmt))
+    fills = _fills(stmt, roots)
     if entity is None or not (fills or (is_deep and _is_deferred(ordered, entity))):
         return ordered.limit(limit).offset(offset)
     assert isinstance(stmt, Select)
@@ -214,6 +213,11 @@ def _rows(stmt: Statement, roots: Statement, is_deep: bool) -> Statement:
         order = (*ordered._order_by_clauses, *stmt._order_by_clauses)
         return stmt.where(among(entity, keys)).order_by(None).order_by(*order)
     return selected(stmt, entity, keys, ordered._order_by_clauses)
+
+
+def _fills(stmt: Statement, roots: Statement) -> bool:
+    """Say whether the rows that a statement joins to its entities fill them, so that they cannot be left out."""
+    return stmt is not roots and any(joined_loads(stmt))
 
 
 def _is_deferred(stmt: Statement, entity: Any) -> bool:
