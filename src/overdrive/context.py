@@ -62,7 +62,6 @@ class RequestContext:
         "page",
         "page_style",
         "path",
-        "policy",
         "pool_wait",
         "query",
         "reads",
@@ -105,8 +104,6 @@ class RequestContext:
 
         #: Whose data the request is about, where the app has tenants.
         self.tenant: str | None = None
-        #: How the matched route is cached, if it is.
-        self.policy: Any = None
         #: The sessions to be ended before the first byte.
         self.work: list[UnitOfWork] = []
         #: FastAPI's response object, on which dependencies set headers and cookies.

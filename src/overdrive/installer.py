@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from multiprocessing import parent_process
@@ -442,11 +442,14 @@ def _look_up(
         context = _context()
         if request.method != "GET":
             return
-        context.route, context.policy, context.response = policy.route, policy, response
-        context.reads.tags.add(tag_of_call(key_of_call(site.endpoint, request.path_params)))
-        if context.exchange is not None:
-            # Looked up before the route was.
-            return
+        context.route, context.response = policy.route, response
+        if context.exchange is None:
+            await look_up_late(context, request, asking.values())
+        # Otherwise it was looked up before the route was.
+        if context.exchange.entry is None:
+            context.reads.tags.add(tag_of_call(key_of_call(site.endpoint, request.path_params)))
+
+    async def look_up_late(context: RequestContext, request: Request, asking: Iterable[Any]) -> None:
         key = key_of(
             plan,
             host=request.headers.get("host", ""),
@@ -454,7 +457,7 @@ def _look_up(
             query=context.query,
             headers=[request.headers.getlist(name) for name in plan.headers],
             cookies=[request.cookies.get(name) for name in plan.cookies],
-            principals=[principal(value) for principal, value in zip(principals, asking.values(), strict=True)],
+            principals=[principal(value) for principal, value in zip(principals, asking, strict=True)],
             tenant=context.tenant,
         )
         if policy.early:

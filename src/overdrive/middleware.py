@@ -26,7 +26,6 @@ from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
     from .cache.entry import Entry
-    from .cache.policy import Policy
     from .installer import Installation
 
 request_log = logging.getLogger("overdrive.request")
@@ -59,48 +58,33 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        known = None
-        if self._is_innermost:
-            known = self._installation.known(scope, self._installation.tenant_of(scope))
+        # What tells tenants apart may fail, and then has the app's own answer.
+        known = self._installation.known(scope, None) if self._is_innermost else None
         entry = self._installation.cache.held(known[1]) if known is not None else None
         if known is not None and entry is not None:
-            await self._answer(known[0], entry, scope, send)
+            await self._answer(known[0].route, entry, scope, receive, send)
         else:
-            await self._serve(scope, receive, send)
+            await self._serve(self.app, scope, receive, send)
 
-    async def _answer(self, policy: Policy, entry: Entry, scope: Scope, send: Send) -> None:
+    async def _answer(self, route: str | None, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer from the cache at once: there is nothing between here and the router that should have a look."""
         installation = self._installation
         start, body = replayed(entry, installation.cache.clock(), if_none_match(scope["headers"]))
-        request_id = _new_id()
-        start["headers"].append((installation.request_id_header, request_id.encode()))
-        _tell_route(scope, policy.route)
-        if self._is_heard():
-            await self._answer_heard(policy, request_id, scope, send, start, body)
-        else:
+        _tell_route(scope, route)
+        if not self._is_heard():
+            start["headers"].append((installation.request_id_header, _new_id().encode()))
+            await send(start)
+            await send(body)
+            return
+
+        async def replay(_scope: Scope, _receive: Receive, send: Send) -> None:
+            context = current()
+            assert context is not None
+            context.route, context.cache_status = route, "hit"
             await send(start)
             await send(body)
 
-    async def _answer_heard(
-        self, policy: Policy, request_id: str, scope: Scope, send: Send, start: Message, body: Message
-    ) -> None:
-        context = _context_of(scope, self._installation, request_id)
-        context.route, context.cache_status = policy.route, "hit"
-        context.status, context.bytes_sent = start["status"], len(body["body"])
-        started = time.perf_counter()
-        try:
-            await send(start)
-            await send(body)
-        except asyncio.CancelledError:
-            context.outcome = "cancelled"
-            raise
-        except OSError:
-            context.outcome = "disconnected"
-            raise
-        finally:
-            context.duration = time.perf_counter() - started
-            with serving(context):
-                self._tell(context)
+        await self._serve(replay, scope, receive, send)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -112,9 +96,9 @@ class Observer:
 
         await self.app(scope, receive, told)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation
-        context = _context_of(scope, installation, _new_id())
+        context = _context_of(scope, installation)
         id_header = installation.request_id_header, context.request_id.encode()
         installation.begin(context)
         complete = gone = False
@@ -142,7 +126,7 @@ class Observer:
         started = time.perf_counter()
         with serving(context):
             try:
-                await self.app(scope, receive, observed)
+                await app(scope, receive, observed)
                 if context.status is not None and context.status >= 500:
                     context.outcome = "error"
                 elif not complete and scope["type"] == "http":
@@ -190,11 +174,11 @@ def _new_id() -> str:
     return os.urandom(8).hex()
 
 
-def _context_of(scope: Scope, installation: Installation, request_id: str) -> RequestContext:
+def _context_of(scope: Scope, installation: Installation) -> RequestContext:
     traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
     trace = _TRACEPARENT.fullmatch(traceparent)
     return RequestContext(
-        request_id=request_id,
+        request_id=_new_id(),
         method=scope.get("method", "WEBSOCKET"),
         path=scope["path"],
         query=scope["query_string"].decode("latin-1"),

@@ -458,7 +458,7 @@ async def test_a_client_that_takes_its_time_keeps_nobody_waiting(service: Servic
 
 
 async def test_patience_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.cache.cache._PATIENCE", 0.05)
+    monkeypatch.setattr("overdrive.cache.flight._PATIENCE", 0.05)
     held = Held(service)
     tasks = await crowd(service, held, 3)
     assert held.runs == 3

@@ -15,7 +15,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from . import http
-from .http import Fields, Header, Stored, Target, Worth
+from .conditional import Header
+from .http import Fields, Stored, Target, Worth
 from .memory import Memory
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import time
@@ -11,11 +10,11 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from overdrive.context import RequestContext
 
-from .conditional import is_current, not_modified, with_etag
+from .conditional import Header, is_current, not_modified, with_etag
 from .entry import FORMAT, Entry, Instant, State
 from .flight import Flight, Flights, Landed, Landing
 from .invalidation import Invalidator
-from .policy import Header, Policy, reason_not_to_store
+from .policy import Policy, reason_not_to_store
 from .store import Store, StoreUnavailable
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
@@ -26,9 +25,6 @@ P = ParamSpec("P")
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-
-#: Seconds a request waits for another one's answer before it makes its own.
-_PATIENCE = 10.0
 
 
 class Cache:
@@ -56,7 +52,7 @@ class Cache:
         self.max_body = max_body
         self.clock = clock
         self.invalidator = Invalidator(store)
-        self.flights: Flights[Landing] = Flights()
+        self.flights = Flights()
         self._values = Values(self)
         self._complained: set[tuple[str | None, str]] = set()
 
@@ -124,7 +120,7 @@ class Cache:
 
         ttl, tags: see `get_or_set`.
         """
-        return lambda function: self._values.memoize(function, ttl, tags)
+        return lambda function: self._values.memoize(function, ttl, self.tags_of(tags))
 
     def seen(self) -> Instant | None:
         """Return the write clock as this process last saw it, without asking anyone."""
@@ -161,7 +157,7 @@ class Cache:
             if flight is None:
                 exchange.miss("uri-miss" if state is None else "stale", "" if state is None else state.value)
                 return
-            match await self._landing(flight):
+            match await flight.landing():
                 case Entry() as entry:
                     exchange.hit(entry, self.clock(), collapsed=True)
                     return
@@ -170,13 +166,6 @@ class Cache:
                 case Landed.ALONE:
                     exchange.miss("uri-miss")
                     return
-
-    async def _landing(self, flight: Flight[Landing]) -> Landing:
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                return await flight.landing()
-        except TimeoutError:
-            return Landed.ALONE
 
     async def fill(self, exchange: Exchange, body: bytes) -> Entry | None:
         """Store a response, unless something it read has been written since; return what was stored."""
@@ -222,17 +211,18 @@ class Cache:
             logger.warning("%s is marked @cached but its response cannot be: %s", route, reason)
 
 
-def replayed(entry: Entry, now: float, if_none_match: bytes) -> tuple[Message, Message]:
+def replayed(entry: Entry, now: float, if_none_match: bytes, said: bytes = b"") -> tuple[Message, Message]:
     """Return the messages of a response that is answered from an entry.
 
     now: on the cache's clock.
     if_none_match: the request's header of this name.
+    said: what Cache-Status says of it, if not that it is a hit.
     """
     age = max(0, int(now - entry.created))
     headers = [
         *entry.headers,
         (b"age", b"%d" % age),
-        (b"cache-status", b"overdrive; hit; ttl=%d" % (entry.created + entry.ttl - now)),
+        (b"cache-status", said or b"overdrive; hit; ttl=%d" % (entry.created + entry.ttl - now)),
         (b"x-cache", b"hit"),
     ]
     status, body = entry.status, entry.body
@@ -286,7 +276,7 @@ class Exchange:
         self._if_none_match = if_none_match
         self._mark = "bypass"
         self._status = ""
-        self._flight: Flight[Landing] | None = None
+        self._flight: Flight | None = None
         self._start: Message | None = None
         self._not_modified = False
         self._storing = False
@@ -319,7 +309,7 @@ class Exchange:
         self.entry, self._mark = entry, "hit"
         self._status = "fwd=uri-miss; collapsed" if collapsed else f"hit; ttl={int(entry.created + entry.ttl - now)}"
 
-    def lead_or_follow(self) -> Flight[Landing] | None:
+    def lead_or_follow(self) -> Flight | None:
         """Return the flight to wait for; None where this request goes ahead, for those that ask the same meanwhile."""
         # A flight that left before a write brings what was read before it.
         flight, leads = self._cache.flights.join((self.key, self.instant))
@@ -332,10 +322,10 @@ class Exchange:
 
     async def answer(self, send: Send) -> None:
         """Send the response that the look-up has found."""
-        entry = self.entry
-        assert entry is not None
-        await self.send({"type": "http.response.start", "status": entry.status, "headers": entry.headers}, send)
-        await self.send({"type": "http.response.body", "body": entry.body}, send)
+        assert self.entry is not None
+        self.context.cache_status = self._mark
+        for message in replayed(self.entry, self._cache.clock(), self._if_none_match, self._said()):
+            await send(message)
 
     async def send(self, message: Message, send: Send) -> None:
         """Send a message of the response on, marked, and keep what is to be kept."""
@@ -380,15 +370,18 @@ class Exchange:
                 sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
             if self._mark == "miss":
                 self._decide(status, own)
-                self.headers = list(sent)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
+                self.headers = list(sent)
         self._not_modified = status == 200 and body is not None and is_current(self._if_none_match, sent)
         return [
             *sent,
-            (b"cache-status", f"overdrive; {self._status}".encode()),
+            (b"cache-status", self._said()),
             (b"x-cache", self._mark.encode()),
         ]
+
+    def _said(self) -> bytes:
+        return f"overdrive; {self._status}".encode()
 
     def _decide(self, status: int, headers: list[Header]) -> None:
         reason = self._reason_not_to_store(status, headers)

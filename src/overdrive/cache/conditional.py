@@ -6,19 +6,35 @@ import re
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from .policy import Header
+Header = tuple[bytes, bytes]
 
+_ENTITY_TAG = re.compile(rb'(?:W/)?"[^"]*"|[^\s,]+')
 _OPAQUE_TAG = re.compile(rb'"[^"]*"')
 
 #: What a 304 leaves out: it describes a body that is not sent.
 _OF_THE_BODY = frozenset((b"content-length", b"content-type", b"content-encoding", b"content-language"))
 
 
+def strong_tag(body: bytes) -> bytes:
+    """Return a strong entity tag of a body, the same in every process."""
+    return b'"%s"' % blake2b(body, digest_size=16).hexdigest().encode()
+
+
+def names_tag(known: bytes, tag: bytes) -> bool:
+    """Say whether an `If-None-Match` names an entity tag; they are compared weakly (section 8.8.3.2)."""
+    return known.strip() == b"*" or opaque(tag) in map(opaque, _ENTITY_TAG.findall(known))
+
+
+def opaque(tag: bytes) -> bytes:
+    """Return a tag without the mark of a weak one."""
+    return tag.strip().removeprefix(b"W/")
+
+
 def with_etag(headers: Sequence[Header], body: bytes) -> list[Header]:
-    """Return the headers with a strong entity tag, the same in every process, unless they have one."""
+    """Return the headers with a strong entity tag, unless they have one."""
     if any(name.lower() == b"etag" for name, _ in headers):
         return list(headers)
-    return [*headers, (b"etag", b'"%s"' % blake2b(body, digest_size=16).hexdigest().encode())]
+    return [*headers, (b"etag", strong_tag(body))]
 
 
 def if_none_match(headers: Iterable[Header]) -> bytes:
@@ -30,11 +46,9 @@ def is_current(known: bytes, headers: Sequence[Header]) -> bool:
     """Say whether a client has what these headers describe already, by its `If-None-Match`."""
     if not known:
         return False
-    if known.strip() == b"*":
-        return True
     etag = next((value for name, value in headers if name.lower() == b"etag"), b"")
-    # Compared weakly (section 8.8.3.2): by the opaque tags alone.
-    return bool(_OPAQUE_TAG.findall(etag)) and _OPAQUE_TAG.findall(etag)[0] in _OPAQUE_TAG.findall(known)
+    # What is no entity tag is none that a client could have.
+    return names_tag(known, etag) and (known.strip() == b"*" or bool(_OPAQUE_TAG.fullmatch(opaque(etag))))
 
 
 def not_modified(headers: Sequence[Header]) -> list[Header]:

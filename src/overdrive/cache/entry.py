@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from .policy import Header
+from .conditional import Header
 
 #: The first element of the written form; another number is another release's, and a miss.
 FORMAT = 1

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable
 from enum import Enum
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from .entry import Entry
-
-T = TypeVar("T")
 
 
 class Landed(Enum):
@@ -24,13 +22,17 @@ class Landed(Enum):
 Landing: TypeAlias = Entry | Exception | Landed
 
 
-class Flights(Generic[T]):
+#: Seconds somebody waits for another's result before they make their own.
+_PATIENCE = 10.0
+
+
+class Flights:
     """The executions under way, by what they are for."""
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, Flight[T]] = {}
+        self._flights: dict[Hashable, Flight] = {}
 
-    def join(self, purpose: Hashable) -> tuple[Flight[T], bool]:
+    def join(self, purpose: Hashable) -> tuple[Flight, bool]:
         """Return the execution for `purpose`, and whether it is the caller's to carry out and to end."""
         flight = self._flights.get(purpose)
         if flight is not None:
@@ -39,25 +41,29 @@ class Flights(Generic[T]):
         return flight, True
 
 
-class Flight(Generic[T]):
+class Flight:
     """One execution, and those who wait for what it brings."""
 
     __slots__ = ("_flights", "_landed", "_purpose", "awaited")
 
-    def __init__(self, flights: dict[Hashable, Flight[T]], purpose: Hashable) -> None:
+    def __init__(self, flights: dict[Hashable, Flight], purpose: Hashable) -> None:
         self._flights = flights
         self._purpose = purpose
-        self._landed: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._landed: asyncio.Future[Landing] = asyncio.get_running_loop().create_future()
         #: Whether anybody waits.
         self.awaited = False
 
-    async def landing(self) -> T:
-        """Wait for what the execution brings."""
+    async def landing(self) -> Landing:
+        """Wait for what the execution brings, but not for ever."""
         self.awaited = True
-        # Those who wait come and go, and the others wait on.
-        return await asyncio.shield(self._landed)
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                # Those who wait come and go, and the others wait on.
+                return await asyncio.shield(self._landed)
+        except TimeoutError:
+            return Landed.ALONE
 
-    def end(self, result: T) -> None:
+    def end(self, result: Landing) -> None:
         """End the execution: those who wait get the result, and those who come later are not among them."""
         del self._flights[self._purpose]
         self._landed.set_result(result)

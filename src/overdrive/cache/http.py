@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
-from hashlib import blake2b
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
-Header = tuple[bytes, bytes]
+from .conditional import Header, names_tag, opaque, strong_tag
+
 #: Header fields by their names in lower case, with the lines of one name joined (RFC 9110, section 5.3).
 Fields = Mapping[bytes, bytes]
 #: Cache-Control by names in lower case. None: without a value; empty: with one that cannot be understood.
@@ -52,7 +52,6 @@ _CASELESS = frozenset((b"accept", b"accept-charset", b"accept-encoding", b"accep
 _QUOTED = rb'"(?:[^"\\]|\\.)*("|\\?\Z)'
 _CLOSINGS = re.compile(_QUOTED, re.DOTALL)
 _ELEMENT = re.compile(rb'(?:%s|[^",])+' % _QUOTED, re.DOTALL)
-_ENTITY_TAG = re.compile(rb'(?:W/)?"[^"]*"|[^\s,]+')
 _MONTHS = (b"jan", b"feb", b"mar", b"apr", b"may", b"jun", b"jul", b"aug", b"sep", b"oct", b"nov", b"dec")
 _DATES = tuple(
     re.compile(form, re.IGNORECASE)
@@ -175,7 +174,7 @@ class Stored:
         headers, tag = list(self.headers), self.tag
         names = {name.lower() for name, _ in headers}
         if tag is None and self.status == 200:
-            tag = b'"%s"' % blake2b(body, digest_size=16).hexdigest().encode()
+            tag = strong_tag(body)
             headers.append((b"etag", tag))
         if b"content-length" not in names and self.status not in (204, 205):
             headers.append((b"content-length", b"%d" % len(body)))
@@ -398,19 +397,13 @@ def is_not_modified(request: Fields, response: Stored) -> bool:
     if response.status != 200:
         return False
     if b"if-none-match" in request:
-        tags = request[b"if-none-match"].strip()
-        if tags == b"*":
-            return True
-        return response.tag is not None and _opaque(response.tag) in map(_opaque, _ENTITY_TAG.findall(tags))
+        tags = request[b"if-none-match"]
+        return tags.strip() == b"*" or (response.tag is not None and names_tag(tags, response.tag))
     since = http_date(request.get(b"if-modified-since"), response.born)
     # Without a date of its change, it is of the date it was made.
     changed = response.last_modified or combine(response.headers).get(b"date")
     modified = http_date(changed, response.born)
     return since is not None and modified is not None and modified <= since
-
-
-def _opaque(tag: bytes) -> bytes:
-    return tag.strip().removeprefix(b"W/")
 
 
 def headers_of_304(headers: Iterable[Header]) -> list[Header]:
@@ -458,7 +451,7 @@ def _is_of(response: Stored, tag: bytes) -> bool:
     if response.etag is None:
         return True
     if tag.startswith(b"W/"):
-        return _opaque(tag) == _opaque(response.etag)
+        return opaque(tag) == opaque(response.etag)
     return tag == response.etag
 
 

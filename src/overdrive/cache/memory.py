@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Hashable
-from contextlib import suppress
-from pathlib import Path
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
-
-#: Where Linux says how many bytes a container may use (cgroup v2 and v1).
-_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def memory_limit() -> int:
-    """Return the bytes this process may use: those of its container, or of the machine."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [1 << 30]
-    for path in _LIMITS:
-        with suppress(OSError, ValueError):
-            limits.append(int(path.read_text()))
-    return min(limits)
-
 
 #: A frequency counts no further: what was used more often than this is equally dear.
 _MOST = 15

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .conditional import Header
 from .key import KeyPlan
-
-Header = tuple[bytes, bytes]
 
 _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
 

@@ -7,12 +7,15 @@ it was being read, so a fill names the instant before its first read, and is ref
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from .entry import Entry, Instant
-from .memory import Memory, memory_limit
+from .memory import Memory
 
 
 class Found(NamedTuple):
@@ -64,6 +67,17 @@ class Store(Protocol):
 _MOST_STAMPS = 100_000
 #: Bytes an entry takes besides its text.
 _OVERHEAD = 1_000
+#: Where Linux says how many bytes a container may use (cgroup v2 and v1).
+_LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _memory_limit() -> int:
+    """Return the bytes this process may use: those of its container, or of the machine."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [1 << 30]
+    for path in _LIMITS:
+        with suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    return min(limits)
 
 
 def _size(entry: Entry) -> int:
@@ -88,7 +102,7 @@ class MemoryStore:
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        self._entries: Memory[_Held] = Memory(max_bytes if max_bytes is not None else memory_limit() // 16)
+        self._entries: Memory[_Held] = Memory(max_bytes if max_bytes is not None else _memory_limit() // 16)
         self._stamps: dict[str, int] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
 

@@ -14,7 +14,7 @@ from overdrive.context import Reads, collecting, collectors, current
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, State
-from .flight import Flight, Flights, Landed, Landing
+from .flight import Flight, Landed, Landing
 from .store import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Load = Callable[[], Awaitable[Any]]
+Keep = Callable[[Reads, bytes], Awaitable[Entry | None]]
 
 
 def key_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
@@ -67,7 +68,6 @@ class Values:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._flights: Flights[Landing] = Flights()
 
     async def get_or_set(self, key: str, load: Load, *, type_: Any, ttl: float | None, tags: Collection[str]) -> Any:
         """Return the value that is kept under `key`, or what `load` gives."""
@@ -81,9 +81,10 @@ class Values:
             except StoreUnavailable:
                 return await load()
             if entry is None:
-                flight, leads = self._flights.join((name, instant))
+                flight, leads = self._cache.flights.join((name, instant))
                 if leads:
-                    return await self._lead(flight, load, type_, tags, (name, fingerprint, instant, ttl))
+                    keep = functools.partial(self._keep, name, fingerprint, instant, tags, ttl or self._cache.ttl)
+                    return await self._lead(flight, load, type_, keep)
                 match await flight.landing():
                     case Entry() as landed:
                         entry = landed
@@ -103,14 +104,7 @@ class Values:
         fresh = entry is not None and entry.state(self._cache.clock(), instant.epoch, versions) is State.FRESH
         return (entry if fresh else None), instant
 
-    async def _lead(
-        self,
-        flight: Flight[Landing],
-        load: Load,
-        type_: Any,
-        tags: Collection[str],
-        where: tuple[str, str, Instant, float | None],
-    ) -> Any:
+    async def _lead(self, flight: Flight, load: Load, type_: Any, keep: Keep) -> Any:
         landed: Landing = Landed.NOWHERE
         try:
             with collecting() as reads:
@@ -123,7 +117,7 @@ class Values:
                 raise ConfigurationError(
                     f"a {type(value).__name__} cannot be kept as {type_!r}: msgspec has to write and read it ({error})"
                 ) from error
-            landed = await self._keep(reads, tags, where, body) or Landed.ALONE
+            landed = await keep(reads, body) or Landed.ALONE
         except Exception as error:
             landed = error
             raise
@@ -132,15 +126,19 @@ class Values:
         return value
 
     async def _keep(
-        self, reads: Reads, tags: Collection[str], where: tuple[str, str, Instant, float | None], body: bytes
+        self,
+        name: str,
+        fingerprint: str,
+        instant: Instant,
+        tags: Collection[str],
+        ttl: float,
+        reads: Reads,
+        body: bytes,
     ) -> Entry | None:
-        name, fingerprint, instant, ttl = where
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
         if reads.unknown and all(tag.startswith(_CALL) for tag in tags):
             return None
-        return await self._cache.keep(
-            name, fingerprint, instant, reads.tags | set(tags), ttl or self._cache.ttl, headers=[], body=body
-        )
+        return await self._cache.keep(name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body)
 
     def memoize(
         self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str]
@@ -157,9 +155,7 @@ class Values:
                 type_ = get_type_hints(function).get("return", Any)
             own = key_of_memoized(function, *args, **kwargs)
             load = functools.partial(function, *args, **kwargs)
-            value: T = await self.get_or_set(
-                own, load, type_=type_, ttl=ttl, tags=[*self._cache.tags_of(tags), tag_of_call(own)]
-            )
+            value: T = await self.get_or_set(own, load, type_=type_, ttl=ttl, tags=[*tags, tag_of_call(own)])
             return value
 
         setattr(call, _MEMOIZED, True)
