@@ -31,18 +31,13 @@ from overdrive import (
     SessionDep,
     add_pagination,
     cached,
+    caching,
     installer,
     paginate,
 )
-from overdrive.installer import (
-    Installation,
-    check_added_dependency,
-    check_replaced_call,
-    check_walk,
-    page_style,
-    sites,
-    works,
-)
+from overdrive.caching import check_replaced_call
+from overdrive.installer import Installation
+from overdrive.routes import check_added_dependency, check_walk, page_style, sites, works
 
 pytestmark = pytest.mark.anyio
 
@@ -91,7 +86,7 @@ BREAKAGES = {
         "get_parameterless_sub_dependant",
         check_added_dependency,
     ),
-    "an endpoint is not what it was": (installer, "_answered_from_cache", check_replaced_call),
+    "an endpoint is not what it was": (caching, "_answered_from_cache", check_replaced_call),
 }
 
 

@@ -21,13 +21,15 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .app import Overdrive
 from .cache.store import StoreUnavailable
+from .caching import key_plan
 from .config import Settings
 from .doctor import examine
 from .endpoint import CACHED, RequestSession, SessionFactory, SyncRequestSession, SyncSessionFactory
 from .errors import ConfigurationError
-from .installer import Installation, Site, key_plan, page_style, refuse_misuse, sites
+from .installer import Installation, refuse_misuse
 from .log.handler import LogHandler
 from .pool.engine import create_engine, ping
+from .routes import Site, page_style, sites
 
 if TYPE_CHECKING:
     import typer

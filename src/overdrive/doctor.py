@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from .errors import ConfigurationError
-from .installer import Installation, Site, page_model, sites
+from .installer import Installation
 from .pagination.index import Index, index_for
 from .pool.explain import (
     Sent,
@@ -35,6 +35,7 @@ from .pool.explain import (
     sort_line,
     waste_line,
 )
+from .routes import Site, page_model, sites
 
 #: A total from which counting it for every page is worth a note.
 _MANY_ROWS = 100_000

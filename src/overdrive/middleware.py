@@ -18,8 +18,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .cache.cache import Exchange, replayed
 from .cache.conditional import if_none_match
+from .cache.exchange import Exchange, replayed
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .pool.guard import CommitFailed, SendGuard

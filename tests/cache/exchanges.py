@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from overdrive.cache.cache import Cache, Exchange
+from overdrive.cache.cache import Cache
+from overdrive.cache.exchange import Exchange
 from overdrive.cache.key import KeyPlan
 from overdrive.cache.policy import Policy
 from overdrive.context import RequestContext

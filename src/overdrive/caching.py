@@ -1,0 +1,304 @@
+"""Routes whose responses are cached: what their key is made of, and how they are answered.
+
+Annotations of dependencies made here are read by FastAPI at run time, so this module does not postpone them.
+"""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, TypeAlias, get_args
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security.base import SecurityBase
+from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
+
+from .cache.conditional import if_none_match
+from .cache.exchange import Exchange
+from .cache.key import KeyPlan, Shortcuts, key_of
+from .cache.policy import Policy
+from .cache.values import key_of_call, tag_of_call
+from .context import RequestContext, current
+from .endpoint import (
+    DECLARED,
+    Declaration,
+    Mark,
+    RequestSession,
+    SessionFactory,
+    SyncRequestSession,
+    SyncSessionFactory,
+)
+from .pages import page_dependency
+from .routes import Site, add_dependency, is_awaited, sites, specimen
+
+logger = logging.getLogger("overdrive")
+
+#: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
+KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
+
+_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
+
+
+def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:
+    """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
+    plan = key_plan(site, mark, ttl, database)
+    if isinstance(plan, str):
+        logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
+        return
+    calls = [dependant.call for dependant in site.dependencies()]
+    # A route that is found by more than its address is found by the router alone.
+    by_address = type(site.route.original_route).matches is APIRoute.matches
+    alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
+    policy = Policy(ttl, plan, site.template, early=by_address and (mark.public or (alone and not plan.private)))
+    asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
+    add_dependency(
+        site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
+    )
+    # The same dependants, so that each is resolved once.
+    last = site.route.dependant.dependencies[-1]
+    last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
+    site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
+
+
+def _is_of_pages(call: Any) -> bool:
+    return getattr(call, "__module__", "") == page_dependency.__module__
+
+
+def _principal_of(call: Any) -> Callable[[Any], Any] | None:
+    declaration: Declaration | None = getattr(call, DECLARED, None)
+    return declaration.principal if declaration is not None else None
+
+
+def _look_up(
+    site: Site, policy: Policy, calls: list[Any], shortcuts: KnownRequests, principals: list[Any]
+) -> Callable[..., Any]:
+    """Return the dependency that looks the response up: resolved last, so that authentication has run."""
+    plan = policy.plan
+
+    async def look_up(request: Request, response: Response, **asking: Any) -> None:
+        context = _context()
+        if request.method != "GET":
+            return
+        context.route, context.response = policy.route, response
+        if context.exchange is None:
+            await look_up_late(context, request, asking.values())
+        # Otherwise it was looked up before the route was.
+        if context.exchange.entry is None:
+            context.reads.tags.add(tag_of_call(key_of_call(site.endpoint, request.path_params)))
+
+    async def look_up_late(context: RequestContext, request: Request, asking: Iterable[Any]) -> None:
+        key = key_of(
+            plan,
+            host=request.headers.get("host", ""),
+            path=context.path,
+            query=context.query,
+            headers=[request.headers.getlist(name) for name in plan.headers],
+            cookies=[request.cookies.get(name) for name in plan.cookies],
+            principals=[principal(value) for principal, value in zip(principals, asking, strict=True)],
+            tenant=context.tenant,
+        )
+        if policy.early:
+            shortcuts.add(request.scope, context.tenant, plan.headers, (policy, key, site.app))
+        exchange = context.exchange = Exchange(
+            context.runtime.cache, policy, key, context, if_none_match(request.scope["headers"])
+        )
+        if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
+            exchange.bypass("overridden-dependency")
+        elif context.tenant is None and context.runtime.tenant is not None:
+            exchange.bypass("no-tenant")
+        else:
+            await exchange.look_up()
+
+    # FastAPI would make a parameter of the principals.
+    own = list(inspect.signature(look_up).parameters.values())[:2]
+    look_up.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    return look_up
+
+
+def _answered_from_cache(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an endpoint so that it is not called where the look-up has found its response."""
+    if is_awaited(endpoint):
+
+        @functools.wraps(endpoint)
+        async def call(**values: Any) -> Any:
+            return _stored_response() or _kept(await endpoint(**values))
+
+    else:
+
+        @functools.wraps(endpoint)
+        def call(**values: Any) -> Any:
+            return _stored_response() or _kept(endpoint(**values))
+
+    return call
+
+
+def _stored_response() -> Response | None:
+    context = _context()
+    entry = context.exchange.entry if context.exchange is not None else None
+    if entry is None:
+        return None
+    # Headers that this request's dependencies have set are newer than those that were stored with the body. What
+    # was not sent with the body is not sent now: an endpoint that returns a `Response` sends none of them.
+    stored = {name for name, _ in entry.headers}
+    fresh = [header for header in context.response.headers.raw if header[0] in stored]
+    replaced = {name for name, _ in fresh}
+    response = Response(entry.body, entry.status)
+    response.raw_headers = [header for header in entry.headers if header[0] not in replaced] + fresh
+    return response
+
+
+def _kept(result: Any) -> Any:
+    """Keep a response with a task in it out of the cache: from there the task would not be started."""
+    if isinstance(result, Response) and result.background is not None and (exchange := _context().exchange):
+        exchange.bypass("background-task")
+    return result
+
+
+def _context() -> RequestContext:
+    context = current()
+    assert context is not None, "the observer is outside every route"
+    return context
+
+
+def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan | str:
+    """Read from the dependency graph what tells one response of a route from another, or why that is unknowable.
+
+    database: the address of the default engine's, so that services that share a store do not share entries.
+    """
+    headers: set[str] = set()
+    cookies: set[str] = set()
+    parameters: set[str] | None = set()
+    private = False
+    for dependant in _graph(site, mark):
+        if _is_of_pages(dependant.call):
+            # It puts the whole address into links and cursors.
+            parameters = None
+            continue
+        if isinstance(dependant.call, _OURS):
+            continue
+        if _principal_of(dependant.call):
+            private = True
+            continue
+        if isinstance(dependant.call, SecurityBase):
+            read = _credential(dependant.call)
+            if read is None:
+                return f"nothing is known of what the security scheme {type(dependant.call).__name__} reads"
+            private = True
+            (cookies if read[0] == "cookie" else headers).add(read[1])
+            if read[0] == "query":
+                parameters = None
+        elif unknowable := _unknowable(dependant):
+            return unknowable
+        if parameters is not None:
+            open_ended = any(map(_takes_others, dependant.query_params))
+            parameters = None if open_ended else parameters | set(_names(dependant.query_params))
+        headers |= {form for name in _names(dependant.header_params) for form in _header_names(name)}
+        cookies |= set(_names(dependant.cookie_params))
+    private = private or bool(cookies) or "authorization" in headers
+    names = frozenset(parameters) if parameters is not None else None
+    fingerprint = _fingerprint(site.route, ttl, database)
+    return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names)
+
+
+def _graph(site: Site, mark: Mark) -> Iterator[Any]:
+    """Walk what has a say in a route's responses.
+
+    Where a dependency says who is asking, what it reads of the request to find out has none; where everybody gets
+    the same, neither it nor a security scheme has.
+    """
+    pending = [site.route.dependant]
+    while pending:
+        dependant = pending.pop()
+        names_principal = _principal_of(dependant.call) is not None
+        if mark.public and (names_principal or isinstance(dependant.call, SecurityBase)):
+            continue
+        yield dependant
+        if not names_principal:
+            pending += dependant.dependencies
+
+
+def _takes_others(parameter: Any) -> bool:
+    """Say whether parameters that are not declared make a difference: kept, or refused."""
+    models = _models(parameter.field_info.annotation)
+    return any(model.model_config.get("extra", "ignore") != "ignore" for model in models)
+
+
+def _names(parameters: list[Any]) -> Iterator[str]:
+    """Return every name under which parameters, or the fields of a model of parameters, may be sent."""
+    for parameter in parameters:
+        own = {parameter.name: parameter.field_info}
+        models = _models(parameter.field_info.annotation)
+        for fields in [model.model_fields for model in models] or [own]:
+            for name, info in fields.items():
+                alias = info.validation_alias
+                choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+                paths = [choice.path[0] if isinstance(choice, AliasPath) else choice for choice in choices]
+                yield from (each for each in (name, info.alias, *paths) if isinstance(each, str))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    kinds = get_args(annotation) or (annotation,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def _header_names(name: str) -> tuple[str, str]:
+    return name.lower(), name.lower().replace("_", "-")
+
+
+def _credential(scheme: SecurityBase) -> tuple[str, str] | None:
+    """Return where a security scheme of FastAPI's reads its credential, and under which name."""
+    if not type(scheme).__module__.startswith("fastapi."):
+        return None
+    model: Any = scheme.model
+    if model.type_.value == "apiKey":
+        return model.in_.value, model.name.lower() if model.in_.value == "header" else model.name
+    return "header", "authorization"
+
+
+def _unknowable(dependant: Any) -> str | None:
+    """Say why what a dependency takes cannot be put into a key."""
+    name = getattr(dependant.call, "__name__", type(dependant.call).__name__)
+    takes_all = dependant.request_param_name or dependant.http_connection_param_name
+    if takes_all and getattr(dependant.call, DECLARED, None) is None:
+        return (
+            f"{name}() takes the whole request, and nobody can tell what it reads of it: say so by "
+            f"declare({name}, principal=...) or declare({name}, ignore=True)"
+        )
+    if dependant.background_tasks_param_name:
+        return f"{name}() takes BackgroundTasks, which a stored response would not start"
+    if dependant.body_params:
+        return f"{name}() reads the body"
+    for parameter in (*dependant.header_params, *dependant.cookie_params):
+        if any(model.model_config.get("extra") == "allow" for model in _models(parameter.field_info.annotation)):
+            return f"{name}() takes every header or cookie there is"
+    return None
+
+
+def _fingerprint(route: Any, ttl: float, database: str) -> str:
+    """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them."""
+    model = route.response_model
+    schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
+    shape = (
+        route.response_model_include,
+        route.response_model_exclude,
+        route.response_model_by_alias,
+        route.response_model_exclude_unset,
+        route.response_model_exclude_defaults,
+        route.response_model_exclude_none,
+        route.status_code,
+    )
+    return blake2b(repr((database, route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
+
+
+def check_replaced_call() -> None:
+    """Cached routes: an endpoint cannot be replaced."""
+    _app, site = specimen()
+    dependant = site.route.dependant
+    assert list(_names(dependant.query_params)) == ["q", "q"]
+    assert _unknowable(dependant) is None
+    call = _answered_from_cache(site.route.dependant.call)
+    site.route.dependant.call = call
+    assert next(sites(_app)).route.dependant.call is call
