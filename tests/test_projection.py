@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI, Response
+from fastapi.responses import JSONResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import (
@@ -46,6 +47,7 @@ from support import call
 import overdrive
 import overdrive.pages
 from overdrive import CursorPage, Overdrive, SessionDep, create_engine, paginate
+from overdrive.pagination.body import Writer
 from overdrive.pagination.projection import projected
 
 pytestmark = pytest.mark.anyio
@@ -53,6 +55,11 @@ pytestmark = pytest.mark.anyio
 
 class Base(DeclarativeBase):
     pass
+
+
+class OwnResponse(JSONResponse):
+    def init_headers(self, headers: Any = None) -> None:
+        super().init_headers({**(headers or {}), "x-class": "own"})
 
 
 class Colour(enum.Enum):
@@ -279,6 +286,82 @@ async def test_headers_and_status_of_dependencies_are_kept(engine: Any) -> None:
 
     answer = await call(app, "/?size=2")
     assert (answer.status, answer.headers["x-set"]) == (206, "yes")
+
+
+Plain = create_model("Plain", id=(int, ...), name=(str, ...), note=(str | None, ...), weight=(float, ...))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bytes | None]:
+    """What was written without a look of the response model's at the rows."""
+    bodies: list[bytes | None] = []
+    write = Writer.write
+
+    def note(self: Writer, found: Any) -> bytes | None:
+        bodies.append(write(self, found))
+        return bodies[-1]
+
+    monkeypatch.setattr(Writer, "write", note)
+    return bodies
+
+
+async def test_plain_values_are_written_at_once_and_the_same(engine: Any, written: list[bytes | None]) -> None:
+    app = served(engine, Plain)
+    made, seen = [await call(app, f"{path}?size=9") for path in ("/made", "/seen")]
+    assert made.body.split(b'"next_cursor"')[0] == seen.body.split(b'"next_cursor"')[0]
+    assert made.headers.keys() == seen.headers.keys()
+    assert made.headers["content-type"] == seen.headers["content-type"]
+    assert written == [made.body]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"status_code": 201},
+        {"response_class": OwnResponse},
+        {"response_model_exclude_none": True},
+        {"response_model_include": {"items"}},
+    ],
+    ids=str,
+)
+async def test_a_route_that_is_told_how_to_answer_does_so(
+    engine: Any, written: list[bytes | None], options: dict[str, Any]
+) -> None:
+    app = served(engine, Plain, **options)
+    made, seen = [await call(app, f"{path}?size=9") for path in ("/made", "/seen")]
+    assert (made.status, made.headers.get("x-class")) == (seen.status, seen.headers.get("x-class"))
+    assert made.body.split(b'"next_cursor"')[0] == seen.body.split(b'"next_cursor"')[0]
+    assert written == []
+
+
+async def test_what_an_endpoint_does_after_its_return_is_kept(engine: Any, written: list[bytes | None]) -> None:
+    app = FastAPI()
+    Overdrive(app, engine=engine)
+
+    @app.get("/", response_model=CursorPage[Plain])
+    async def made(db: SessionDep, response: Response) -> Any:
+        try:
+            return await paginate(db, statement())
+        finally:
+            response.headers["x-late"] = "yes"
+
+    answer = await call(app, "/?size=2")
+    assert (answer.headers["x-late"], written) == ("yes", [])
+
+
+async def test_a_page_without_a_body_has_none(engine: Any, written: list[bytes | None]) -> None:
+    app = FastAPI()
+    Overdrive(app, engine=engine)
+
+    def sets(response: Response) -> None:
+        response.status_code = 204
+
+    @app.get("/", response_model=CursorPage[Plain], dependencies=[Depends(sets)])
+    async def made(db: SessionDep) -> Any:
+        return await paginate(db, statement())
+
+    answer = await call(app, "/?size=2")
+    assert (answer.status, answer.body, written) == (204, b"", [])
 
 
 # What could make a difference

@@ -30,6 +30,7 @@ from .pages import PROCESS_KEY, page_dependency
 from .routes import (
     Site,
     add_dependency,
+    answers_as_usual,
     check_added_dependency,
     check_walk,
     document_refusal,
@@ -209,7 +210,14 @@ class Installation:
             return
         if (envelope := page_model(site)) is not None and works(check_added_dependency):
             taken = page_style(site) is None
-            add_dependency(site, page_dependency(envelope, self.pagination, taken=taken, endpoint=site.route.endpoint))
+            ask = page_dependency(
+                envelope,
+                self.pagination,
+                taken=taken,
+                endpoint=site.route.endpoint,
+                as_usual=answers_as_usual(site),
+            )
+            add_dependency(site, ask)
             document_refusal(site, envelope.style)
         mark = getattr(site.route.endpoint, CACHED, None)
         if mark is None or self.runtime is None:

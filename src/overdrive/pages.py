@@ -27,6 +27,7 @@ from .config import PaginationSettings
 from .context import RequestContext, current
 from .errors import PageError, PageTooDeepError
 from .pagination import number, walk
+from .pagination.body import Writer
 from .pagination.link import link_header
 from .pagination.page import (
     MAX_OFFSET,
@@ -75,6 +76,7 @@ class Asked:
     params: what the client has sent; None where the endpoint takes that itself.
     path: the request's path as the client sees it, in front of any proxy.
     model: of the items, where nothing but this model will read them.
+    writer: makes the response's body of a page that this model would not change, where nothing else has a say in it.
     """
 
     envelope: type[BasePage[Any]]
@@ -82,6 +84,7 @@ class Asked:
     path: str
     settings: PaginationSettings
     model: type[BaseModel] | None
+    writer: Writer | None
 
 
 @overload
@@ -146,6 +149,11 @@ def paginate(
     def finished(found: Found) -> Any:
         if context is not None and asked is not None and context.response is not None:
             _link(context, asked, found)
+            # A status that a dependency has set may have no body.
+            if asked.writer is not None and context.response.status_code is None:
+                body = asked.writer.write(found)
+                if body is not None:
+                    return _answer(body, context.response)
         return envelope.of(found)
 
     if isinstance(db, AsyncSession | Session):
@@ -285,14 +293,18 @@ def page_dependency(
     *,
     taken: bool = False,
     endpoint: Callable[..., Any] | None = None,
+    as_usual: bool = False,
 ) -> Callable[..., Awaitable[None]]:
     """Return the dependency that reads the page a client asks for, within the sizes the settings allow.
 
     taken: whether the endpoint reads that itself.
     endpoint: the function that answers; where it returns pages as `paginate` makes them, they need hold no more than
         the response model reads.
+    as_usual: whether the response is made of them as FastAPI does where it is told nothing.
     """
     model = _item_model(envelope) if endpoint is not None and _returns_pages_as_made(endpoint) else None
+    is_final = as_usual and model is not None and _ends_with_its_return(endpoint)
+    writer = Writer.of(envelope, model) if is_final and model is not None else None
     size_query = QueryParameter(ge=1, le=settings.max_size, description="The most rows to return.")
     page_query = QueryParameter(ge=1, le=MAX_PAGE, description="The page's number, from 1.")
     offset_query = QueryParameter(ge=0, le=MAX_OFFSET, description="Rows to skip.")
@@ -303,7 +315,7 @@ def page_dependency(
     def ask(request: Request, response: Response, params: Params | None) -> None:
         if (context := current()) is not None:
             context.response = response
-            context.page = Asked(envelope, params, _public_path(request), settings, model)
+            context.page = Asked(envelope, params, _public_path(request), settings, model, writer)
 
     async def by_page(
         request: Request,
@@ -350,19 +362,34 @@ def _item_model(envelope: type[BasePage[Any]]) -> type[BaseModel] | None:
     return models[0] if field.annotation == list[tuple(models)] else None  # type: ignore[misc]
 
 
-def _returns_pages_as_made(endpoint: Callable[..., Any]) -> bool:
-    """Say whether all that an endpoint does with `paginate` is to return what it gives; read in its source."""
+def _function(endpoint: Callable[..., Any]) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the source of an endpoint; None where it cannot be read, or is not all that is called."""
     try:
         [function] = ast.parse(dedent(inspect.getsource(endpoint))).body
     except (OSError, TypeError, SyntaxError, ValueError):
-        return False
-    if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) or hasattr(endpoint, "__wrapped__"):
+        return None
+    if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and not hasattr(endpoint, "__wrapped__"):
+        return function
+    return None
+
+
+def _returns_pages_as_made(endpoint: Callable[..., Any]) -> bool:
+    """Say whether all that an endpoint does with `paginate` is to return what it gives; read in its source."""
+    function = _function(endpoint)
+    if function is None:
         return False
     names = {name for name, value in _names_in(endpoint).items() if value is paginate} | {paginate.__name__}
     mentioned = [node for node in ast.walk(function) if _name_of(node) in names]
     returned = [each.value.value if isinstance(each.value, ast.Await) else each.value for each in _returns(function)]
     called = [node.func for node in returned if isinstance(node, ast.Call)]
     return bool(mentioned) and all(node in called for node in mentioned)
+
+
+def _ends_with_its_return(endpoint: Any) -> bool:
+    """Say whether nothing of an endpoint runs after its `return`, which might set another header."""
+    function = _function(endpoint)
+    later = ast.Try | ast.TryStar | ast.With | ast.AsyncWith
+    return function is not None and not any(isinstance(node, later) for node in ast.walk(function))
 
 
 def _returns(function: ast.AST) -> Iterator[ast.Return]:
@@ -390,6 +417,13 @@ def _public_path(request: Request) -> str:
     path: str = request.scope["path"]
     root: str = request.scope.get("root_path", "").rstrip("/")
     return path if path.startswith(f"{root}/") else root + path
+
+
+def _answer(body: bytes, made: Response) -> Response:
+    """Return the response that FastAPI would make of a page with this body, with what dependencies have set."""
+    response = Response(body, media_type="application/json")
+    response.raw_headers += made.raw_headers
+    return response
 
 
 def _link(context: RequestContext, asked: Asked, found: Found) -> None:

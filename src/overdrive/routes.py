@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, routing
 from fastapi import __version__ as fastapi_version
 from fastapi.dependencies import utils
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from starlette.routing import Mount
 
@@ -100,6 +101,21 @@ def page_style(site: Site) -> Style | None:
     asks += [field.field_info.annotation for d in site.graph() for field in d.query_params]
     taken = any(isinstance(each, type) and issubclass(each, _PARAMS) for each in asks)
     return None if taken or model is None else model.style
+
+
+def answers_as_usual(site: Site) -> bool:
+    """Say whether a route sends what its response model makes of a result, all of it, as JSON, with the status 200."""
+    route = site.route
+    # A class that was chosen stands there itself.
+    return getattr(route.response_class, "value", None) is JSONResponse and (
+        route.status_code,
+        route.response_model_include,
+        route.response_model_exclude,
+        route.response_model_by_alias,
+        route.response_model_exclude_unset,
+        route.response_model_exclude_defaults,
+        route.response_model_exclude_none,
+    ) == (None, None, None, True, False, False, False)
 
 
 _PARAMS = (PageParams, LimitOffsetParams, CursorParams)

@@ -95,11 +95,14 @@ def page(
     # One row more says whether there are more, where no total will.
     limit = params.size if total == "exact" else params.size + 1
     items: list[Any] = []
+    columns: tuple[str, ...] = ()
     if number is None or params.offset < number:
         is_projected = plan.projection is not None and adds_nothing(plan.projection.class_)
         template = plan.rows(params.offset > DEEP, is_projected)
         result = yield Query(template, given | {_LIMIT: limit, _OFFSET: params.offset}, is_projected)
         items = plan.items(result, is_projected)
+        if is_projected and plan.projection is not None:
+            columns = plan.projection.names
     seen = params.offset + len(items)
     if not counted and total != "none":
         if len(items) < limit and (items or not params.offset):
@@ -109,7 +112,7 @@ def page(
     if kind == "estimated" and number is not None:
         number = max(number, seen)
     has_more = seen < (number or 0) if total == "exact" else len(items) > params.size
-    return Found(items[: params.size], params, has_more, number, kind)
+    return Found(items[: params.size], params, has_more, number, kind, columns=columns)
 
 
 def total_of(

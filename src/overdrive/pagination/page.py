@@ -98,6 +98,7 @@ class Found:
     has_more: whether there are rows after it.
     total, total_kind: rows on all pages, and what kind of number that is; None where not known.
     next_cursor, prev_cursor: of a page by cursor.
+    columns: the names of what the rows begin with, where they are columns of an entity in place of it.
     """
 
     items: list[Any]
@@ -107,6 +108,7 @@ class Found:
     total_kind: Total = "none"
     next_cursor: str | None = None
     prev_cursor: str | None = None
+    columns: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:

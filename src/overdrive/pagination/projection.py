@@ -31,6 +31,11 @@ class Projection(NamedTuple):
     class_: type
     columns: dict[str, ColumnElement[Any]]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the attributes."""
+        return tuple(self.columns)
+
 
 def never(_class: type) -> bool:
     """Allow no projection."""

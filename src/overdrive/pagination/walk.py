@@ -107,7 +107,14 @@ def cursor_page(
         return encode(edge, types if edge else (), backward=backward, binding=binding, key=keys[0])
 
     following = towards(False)
-    return Found(items, params, following is not None, next_cursor=following, prev_cursor=towards(True))
+    return Found(
+        items,
+        params,
+        following is not None,
+        next_cursor=following,
+        prev_cursor=towards(True),
+        columns=walk.projection.names if is_projected and walk.projection is not None else (),
+    )
 
 
 @dataclass(frozen=True, slots=True)
