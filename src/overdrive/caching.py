@@ -28,6 +28,7 @@ from .endpoint import (
     Declaration,
     Mark,
     RequestSession,
+    ServedBy,
     SessionFactory,
     SyncRequestSession,
     SyncSessionFactory,
@@ -40,7 +41,7 @@ logger = logging.getLogger("overdrive")
 #: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
 KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
 
-_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
+_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory, ServedBy)
 
 
 def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:

@@ -105,6 +105,17 @@ class SyncSessionFactory:
         return _context().runtime.sync_sessions(self.engine)  # type: ignore[no-any-return]
 
 
+class ServedBy:
+    """A dependency: the `Overdrive` that serves the request.
+
+    A function that has it knows that FastAPI has called it, and no other function.
+    """
+
+    async def __call__(self) -> Any:
+        """Return it."""
+        return _context().runtime
+
+
 get_session = RequestSession()
 get_sync_session = SyncRequestSession()
 get_session_factory = SessionFactory()
