@@ -17,6 +17,7 @@ import fastapi_cache.decorator
 import pytest
 from cache.service import Service
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from redis.asyncio import Redis
@@ -24,7 +25,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from support import Item
 
-from overdrive import ConfigurationError, NotInstalledError, Overdrive, SessionDep
+from overdrive import ConfigurationError, NotInstalledError, Overdrive, SessionDep, declare
 from overdrive.compat import fastapi_cache as compat
 from overdrive.compat.fastapi_cache import FastAPICache, cache
 from overdrive.compat.fastapi_cache.backends.inmemory import InMemoryBackend
@@ -392,8 +393,15 @@ async def test_a_route_that_cannot_be_cached_is_not_and_says_so(
         service.ran.append("whole")
         return 1
 
+    @service.app.get("/declared")
+    @cache()
+    async def declared(request: Request) -> int:
+        return 1
+
+    declare(declared, ignore=True)
     with caplog.at_level(logging.WARNING, "overdrive"):
         assert await service.marks("/whole", "/whole") == [None, None]
+        assert await service.marks("/declared", "/declared") == MISS_AND_HIT
     assert service.ran == ["whole", "whole"]
     assert "whole() takes the whole request" in caplog.text
 
@@ -443,6 +451,17 @@ def test_what_is_not_supported_is_said(misuse: Callable[[], Any], message: str) 
 def test_the_default_coder_may_be_named() -> None:
     FastAPICache.init(InMemoryBackend(), coder=JsonCoder)
     cache(coder=JsonCoder)
+
+
+async def test_an_errors_status_is_not_lost(service: Service) -> None:
+    @service.app.get("/gone")
+    @cache()
+    async def gone() -> JSONResponse:
+        service.ran.append("gone")
+        return JSONResponse({"code": "gone"}, 410)
+
+    assert [(await service.get("/gone")).status_code for _ in range(2)] == [410, 410]
+    assert service.ran == ["gone", "gone"]
 
 
 async def test_keys_cannot_be_cleared(service: Service) -> None:
