@@ -39,7 +39,7 @@ class Overdrive:
     engines: further engines by name, for `RequestSession("name")`.
     cache: False switches the cache off, True on even under pytest.
     tenant: says whose data a request is about, where the app has several tenants: their name, or None where that is
-        nobody's. A cached response and a cursor are good for their tenant alone, and without one nothing is cached.
+        nobody's. A cached response, a value and a cursor are good for their tenant alone; without one nothing is kept.
         It is called inside the app's own middlewares, so that it may read what these have found out.
 
     Raises `ConfigurationError` for a setting that cannot work. Nothing is connected before it is used.

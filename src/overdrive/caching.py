@@ -20,6 +20,7 @@ from .cache.conditional import if_none_match
 from .cache.exchange import Exchange
 from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
+from .cache.tags import tag_of_tenant
 from .cache.values import key_of_call, tag_of_call
 from .context import RequestContext, current
 from .endpoint import (
@@ -27,6 +28,7 @@ from .endpoint import (
     Declaration,
     Mark,
     RequestSession,
+    ServedBy,
     SessionFactory,
     SyncRequestSession,
     SyncSessionFactory,
@@ -39,7 +41,7 @@ logger = logging.getLogger("overdrive")
 #: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
 KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
 
-_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
+_OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory, ServedBy)
 
 
 def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:
@@ -52,7 +54,13 @@ def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: Kn
     # A route that is found by more than its address is found by the router alone.
     by_address = type(site.route.original_route).matches is APIRoute.matches
     alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
-    policy = Policy(ttl, plan, site.template, early=by_address and (mark.public or (alone and not plan.private)))
+    policy = Policy(
+        ttl,
+        plan,
+        site.template,
+        early=by_address and (mark.public or (alone and not plan.private)),
+        tags=mark.tags,
+    )
     asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     add_dependency(
         site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
@@ -87,7 +95,9 @@ def _look_up(
             await look_up_late(context, request, asking.values())
         # Otherwise it was looked up before the route was.
         if context.exchange.entry is None:
-            context.reads.tags.add(tag_of_call(key_of_call(site.endpoint, request.path_params)))
+            context.reads.tags.update((tag_of_call(key_of_call(site.endpoint, request.path_params)), *policy.tags))
+            if context.tenant is not None:
+                context.reads.tags.add(tag_of_tenant(context.tenant))
 
     async def look_up_late(context: RequestContext, request: Request, asking: Iterable[Any]) -> None:
         key = key_of(
@@ -107,7 +117,7 @@ def _look_up(
         )
         if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
             exchange.bypass("overridden-dependency")
-        elif context.tenant is None and context.runtime.tenant is not None:
+        elif context.lacks_tenant:
             exchange.bypass("no-tenant")
         else:
             await exchange.look_up()
@@ -199,7 +209,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     names = frozenset(parameters) if parameters is not None else None
-    fingerprint = _fingerprint(site.route, ttl, database)
+    fingerprint = _fingerprint(site.route, mark, ttl, database)
     return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names)
 
 
@@ -277,7 +287,7 @@ def _unknowable(dependant: Any) -> str | None:
     return None
 
 
-def _fingerprint(route: Any, ttl: float, database: str) -> str:
+def _fingerprint(route: Any, mark: Mark, ttl: float, database: str) -> str:
     """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them."""
     model = route.response_model
     schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
@@ -290,7 +300,9 @@ def _fingerprint(route: Any, ttl: float, database: str) -> str:
         route.response_model_exclude_none,
         route.status_code,
     )
-    return blake2b(repr((database, route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
+    return blake2b(
+        repr((database, route.path_format, schema, shape, ttl, mark.tags)).encode(), digest_size=8
+    ).hexdigest()
 
 
 def check_replaced_call() -> None:

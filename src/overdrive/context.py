@@ -131,6 +131,11 @@ class RequestContext:
         self.page_style: str | None = None
         self.outcome: Outcome = "ok"
 
+    @property
+    def lacks_tenant(self) -> bool:
+        """Say whether nobody knows whose data this request is about, in an app that has tenants."""
+        return self.tenant is None and self.runtime is not None and self.runtime.tenant is not None
+
 
 _request: ContextVar[RequestContext | None] = ContextVar("overdrive_request", default=None)
 _collectors: ContextVar[tuple[Reads, ...]] = ContextVar("overdrive_collectors", default=())

@@ -4,7 +4,7 @@ Annotations here are read by FastAPI at run time, so this module does not postpo
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated, Any, Literal, TypeVar, overload
@@ -13,6 +13,7 @@ from fastapi import Depends, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from .cache.tags import tags_of
 from .context import RequestContext, current
 from .errors import ConfigurationError, NotInstalledError
 from .pool.session import (
@@ -104,6 +105,17 @@ class SyncSessionFactory:
         return _context().runtime.sync_sessions(self.engine)  # type: ignore[no-any-return]
 
 
+class ServedBy:
+    """A dependency: the `Overdrive` that serves the request.
+
+    A function that has it knows that FastAPI has called it, and no other function.
+    """
+
+    async def __call__(self) -> Any:
+        """Return it."""
+        return _context().runtime
+
+
 get_session = RequestSession()
 get_sync_session = SyncRequestSession()
 get_session_factory = SessionFactory()
@@ -141,9 +153,19 @@ def _request(what: str, instead: str) -> RequestContext:
 @overload
 def cached(endpoint: F, /) -> F: ...
 @overload
-def cached(*, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None) -> Callable[[F], F]: ...
 def cached(
-    endpoint: Any = None, /, *, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    tags: Collection[str] = (),
+) -> Callable[[F], F]: ...
+def cached(
+    endpoint: Any = None,
+    /,
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    tags: Collection[str] = (),
 ) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
@@ -151,9 +173,11 @@ def cached(
     scope: "public" says that everybody gets the same response, whoever is asking: then a hit is answered before
         the route's dependencies, those that authenticate among them. Left out, a response belongs to whoever the
         route's dependencies read the identity of, and they run first.
+    tags: names of one's own that outdate the responses, besides what they read: `await cache.invalidate("catalogue")`
+        drops what `tags=["catalogue"]` has marked, for all tenants.
 
     It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
-    `ConfigurationError` for a `ttl` that is not positive.
+    `ConfigurationError` for a `ttl` that is not positive, and for tags that are no names.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if scope not in (None, "public"):
@@ -161,12 +185,14 @@ def cached(
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
 
+    own = tuple(tags_of(tags))
+
     def mark(function: F) -> F:
         if not callable(function):
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, Mark(seconds, scope == "public"))
+        setattr(function, CACHED, Mark(seconds, scope == "public", own))
         return function
 
     return mark if endpoint is None else mark(endpoint)
@@ -174,10 +200,11 @@ def cached(
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, and whose responses are."""
+    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, whose responses are, tags."""
 
     ttl: float | None
     public: bool
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

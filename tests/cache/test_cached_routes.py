@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 import pytest
-from cache.service import Service, Work
+from cache.service import Service, Work, serve
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, foreign, joinedload, relationship, s
 from starlette.background import BackgroundTask
 from support import Item, Other, names, recorded
 
-from overdrive import Overdrive, SessionDep, SyncSessionDep, cached, get_session
+from overdrive import ConfigurationError, Overdrive, SessionDep, SyncSessionDep, cached, get_session
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.testing import Clock
 
@@ -410,6 +410,77 @@ async def test_clear_and_invalidate(service: Service) -> None:
     await cache.clear()
     assert await service.marks(*paths) == ["miss", "miss"]
     assert await service.marks(*paths) == ["hit", "hit"]
+
+
+async def test_tags_of_ones_own_drop_a_routes_responses(service: Service) -> None:
+    @service.app.get("/products")
+    @cached(tags=("catalogue", "prices/eur"))
+    async def products(q: str = "") -> str:
+        return q
+
+    @service.app.get("/free", dependencies=[Depends(nothing_read)])
+    @cached(tags=["catalogue"])
+    async def behind_dependencies() -> int:
+        return 1
+
+    cache, paths = service.overdrive.cache, ["/products", "/products?q=x", "/free", "/names"]
+    await service.marks(*paths)
+    for _ in range(2):
+        assert await service.marks(*paths) == ["hit"] * 4
+        await cache.invalidate("catalogue")
+        assert await service.marks(*paths) == ["miss"] * 3 + ["hit"]
+    await cache.invalidate("prices/eur")
+    assert await service.marks(*paths) == ["miss"] * 2 + ["hit"] * 2
+
+
+def nothing_read() -> None:
+    pass
+
+
+async def test_a_tag_that_is_dropped_meanwhile_keeps_the_response_out(service: Service, gate: Gate) -> None:
+    @service.app.get("/held")
+    @cached(tags=["catalogue"])
+    async def held() -> int:
+        await gate.wait()
+        return 1
+
+    await service.get()
+    older = asyncio.create_task(service.get("/held"))
+    await asyncio.wait_for(gate.reached.wait(), 10)
+    await service.overdrive.cache.invalidate("catalogue")
+    gate.opened.set()
+    await older
+    assert await service.marks("/held", "/held") == MISS_AND_HIT
+
+
+async def test_a_release_with_other_tags_has_entries_of_its_own(sqlite_url: str, redis_url: str) -> None:
+    # What the former release has kept could not be dropped by the tag.
+    def release(tags: list[str]) -> Callable[[Service], None]:
+        def add(service: Service) -> None:
+            service.app.get("/tagged")(cached(tags=tags)(same))
+
+        return add
+
+    for tags in ([], ["catalogue"]):
+        async with serve(sqlite_url, redis_url) as service:
+            release(tags)(service)
+            assert await service.marks("/tagged", "/tagged") == MISS_AND_HIT
+
+
+async def same() -> int:
+    return 1
+
+
+@pytest.mark.parametrize("wrong", ["catalogue", 5, None, [5], [""], [None]])
+def test_tags_are_names(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="tag"):
+        cached(tags=wrong)
+
+
+async def test_invalidate_takes_names_alone(service: Service) -> None:
+    for wrong in (5, "", None):
+        with pytest.raises(ConfigurationError, match="a tag is a name"):
+            await service.overdrive.cache.invalidate(wrong)  # type: ignore[call-overload]
 
 
 async def test_switched_off_and_on_at_run_time(service: Service) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import httpx2
@@ -11,7 +12,7 @@ from cache.service import Service
 from fastapi import Depends, FastAPI, HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 from pydantic import BaseModel
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, text
 from support import Item, client, tables
 
 from overdrive import ConfigurationError, CursorPage, Overdrive, SessionDep, cached, declare, paginate
@@ -144,10 +145,31 @@ def tenant_of(request: Request) -> str | None:
     return request.headers.get("x-tenant")
 
 
+@dataclass
+class Tenants:
+    overdrive: Overdrive
+    http: httpx2.AsyncClient
+    #: How often values were loaded.
+    loaded: int = 0
+
+    async def get(self, path: str, tenant: str | None) -> httpx2.Response:
+        return await self.http.get(path, headers={} if tenant is None else {"x-tenant": tenant})
+
+    async def load(self) -> int:
+        self.loaded += 1
+        return self.loaded
+
+    async def text_is_read(self) -> int:
+        async with self.overdrive.session() as db:
+            await db.execute(text("SELECT 1"))
+        return await self.load()
+
+
 @pytest.fixture
-async def tenants(sqlite_url: str) -> AsyncIterator[httpx2.AsyncClient]:
+async def tenants(sqlite_url: str, store_url: str | None) -> AsyncIterator[Tenants]:
     app = FastAPI()
-    overdrive = Overdrive(app, database_url=sqlite_url, cache=True, tenant=tenant_of)
+    overdrive = Overdrive(app, database_url=sqlite_url, redis_url=store_url, cache=True, tenant=tenant_of)
+    cache = overdrive.cache
 
     # What nobody sees: it is neither a parameter nor a dependency.
     @app.middleware("http")
@@ -156,7 +178,7 @@ async def tenants(sqlite_url: str) -> AsyncIterator[httpx2.AsyncClient]:
         return await call_next(request)
 
     @app.get("/ours")
-    @cached
+    @cached(tags=["catalogue"])
     async def ours() -> str | None:
         return app.state.tenant  # type: ignore[no-any-return]
 
@@ -164,29 +186,106 @@ async def tenants(sqlite_url: str) -> AsyncIterator[httpx2.AsyncClient]:
     async def feed(db: SessionDep) -> Any:
         return await paginate(db, select(Item.id).order_by(Item.id))
 
+    @app.get("/value")
+    async def value() -> int:
+        return await cache.get_or_set("value", running.load, tags=["catalogue"])
+
+    @app.get("/unknown")
+    async def unknown() -> int:
+        return await cache.get_or_set("unknown", running.text_is_read)
+
+    @app.get("/shared")
+    async def shared() -> int:
+        return await cache.get_or_set("value", running.load, shared=True)
+
+    @cache.memoize()
+    async def memoized() -> int:
+        return await running.load()
+
+    @cache.memoize(shared=True)
+    async def memoized_for_all() -> int:
+        return await running.load()
+
+    app.get("/memoized")(call_of(memoized))
+    app.get("/memoized-for-all")(call_of(memoized_for_all))
     with tables(sqlite_url) as database:
         with database.begin() as connection:
             connection.execute(insert(Item), [{"name": "a"}, {"name": "b"}])
         async with client(app) as http:
-            yield http
+            running = Tenants(overdrive, http)
+            yield running
     await overdrive.aclose()
 
 
-async def test_no_tenant_gets_anothers_response(tenants: httpx2.AsyncClient) -> None:
+def call_of(function: Any) -> Any:
+    async def endpoint() -> Any:
+        return await function()
+
+    return endpoint
+
+
+async def test_no_tenant_gets_anothers_response(tenants: Tenants) -> None:
     for mark in ("miss", "hit"):
         for tenant in ("a", "b"):
-            answer = await tenants.get("/ours", headers={"x-tenant": tenant})
+            answer = await tenants.get("/ours", tenant)
             assert (answer.json(), answer.headers["x-cache"]) == (tenant, mark)
 
 
-async def test_without_a_tenant_nothing_is_cached(tenants: httpx2.AsyncClient) -> None:
+async def test_without_a_tenant_nothing_is_cached(tenants: Tenants) -> None:
     for _ in range(2):
-        answer = await tenants.get("/ours")
+        answer = await tenants.get("/ours", None)
         assert (answer.json(), answer.headers["cache-status"]) == (None, "overdrive; fwd=bypass; detail=no-tenant")
 
 
-async def test_a_cursor_is_one_tenants(tenants: httpx2.AsyncClient) -> None:
-    cursor = (await tenants.get("/feed?size=1", headers={"x-tenant": "a"})).json()["next_cursor"]
-    for tenant, status in (({"x-tenant": "a"}, 200), ({"x-tenant": "b"}, 400), ({}, 400)):
-        answer = await tenants.get("/feed", params={"size": 1, "cursor": cursor}, headers=tenant)
+async def test_a_cursor_is_one_tenants(tenants: Tenants) -> None:
+    cursor = (await tenants.get("/feed?size=1", "a")).json()["next_cursor"]
+    for tenant, status in (("a", 200), ("b", 400), (None, 400)):
+        answer = await tenants.get(f"/feed?size=1&cursor={cursor}", tenant)
         assert answer.status_code == status
+
+
+@pytest.mark.parametrize("path", ["/value", "/memoized"])
+async def test_no_tenant_gets_anothers_value(tenants: Tenants, path: str) -> None:
+    asking = ["a", "b", "a", "b", None, None, "a"]
+    assert [(await tenants.get(path, tenant)).json() for tenant in asking] == [1, 2, 1, 2, 3, 4, 1]
+
+
+async def test_a_value_from_outside_of_requests_is_no_tenants(tenants: Tenants) -> None:
+    cache = tenants.overdrive.cache
+    assert [await cache.get_or_set("value", tenants.load, tags=["catalogue"]) for _ in range(2)] == [1, 1]
+    assert [(await tenants.get("/value", tenant)).json() for tenant in ("a", None, "a")] == [2, 3, 2]
+
+
+@pytest.mark.parametrize("path", ["/shared", "/memoized-for-all"])
+async def test_a_value_that_is_said_to_be_shared_is_everybodys(tenants: Tenants, path: str) -> None:
+    assert [(await tenants.get(path, tenant)).json() for tenant in ("a", "b", None)] == [1, 1, 1]
+
+
+async def test_a_tenant_does_not_make_a_value_with_unknown_reads_one_that_can_be_dropped(tenants: Tenants) -> None:
+    assert [(await tenants.get("/unknown", "a")).json() for _ in range(2)] == [1, 2]
+
+
+async def test_what_is_kept_for_one_tenant_is_dropped_alone(tenants: Tenants) -> None:
+    async def seen() -> list[Any]:
+        answers = [await tenants.get(path, tenant) for path in ("/ours", "/value", "/shared") for tenant in ("a", "b")]
+        return [answer.headers.get("x-cache", answer.json()) for answer in answers]
+
+    # Nobody knows the time at which the first request of a process comes in, where the store is shared.
+    await tenants.get("/ours", "c")
+    assert await seen() == ["miss", "miss", 1, 2, 3, 3]
+    assert await seen() == ["hit", "hit", 1, 2, 3, 3]
+    await tenants.overdrive.cache.clear(tenant="a")
+    assert await seen() == ["miss", "hit", 4, 2, 3, 3]
+    assert await seen() == ["hit", "hit", 4, 2, 3, 3]
+    await tenants.overdrive.cache.clear()
+    assert await seen() == ["miss", "miss", 5, 6, 7, 7]
+
+
+async def test_a_tag_is_dropped_for_all_tenants(tenants: Tenants) -> None:
+    for tenant in ("c", "a", "b"):
+        await tenants.get("/ours", tenant)
+        await tenants.get("/value", tenant)
+    await tenants.overdrive.cache.invalidate("catalogue")
+    for tenant, value in (("a", 4), ("b", 5)):
+        assert (await tenants.get("/ours", tenant)).headers["x-cache"] == "miss"
+        assert (await tenants.get("/value", tenant)).json() == value

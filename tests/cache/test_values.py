@@ -90,6 +90,40 @@ async def test_what_a_response_took_from_it_outdates_the_response(service: Servi
     assert (await service.get("/through")).json() == ["first", "new"]
 
 
+async def test_its_tags_outdate_the_response_that_has_loaded_it(service: Service) -> None:
+    async def load() -> int:
+        return 1
+
+    @service.app.get("/through")
+    @cached
+    async def through() -> int:
+        return await service.overdrive.cache.get_or_set("rate", load, tags=["rates"])
+
+    await service.get()
+    for _ in range(2):
+        assert await service.marks("/through", "/through") == ["miss", "hit"]
+        await service.overdrive.cache.invalidate("rates")
+
+
+async def test_another_releases_tags_have_values_of_their_own(service: Service) -> None:
+    cache, ran = service.overdrive.cache, list[int]()
+
+    async def load() -> int:
+        ran.append(1)
+        return len(ran)
+
+    values = [await cache.get_or_set("rate", load, ttl=60, tags=tags) for tags in ([], ["rates"], ["rates"])]
+    assert values == [1, 2, 2]
+
+
+@pytest.mark.parametrize("wrong", ["rates", [5], [""]])
+async def test_its_tags_are_names(service: Service, wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match="tag"):
+        await service.overdrive.cache.get_or_set("rate", reading(service, []), tags=wrong)
+    with pytest.raises(ConfigurationError, match="tag"):
+        service.overdrive.cache.memoize(tags=wrong)
+
+
 @pytest.mark.parametrize("value", [1, None, "x", [1, 2], {"a": [1.5]}])
 async def test_plain_data_comes_back(service: Service, value: Any) -> None:
     async def load() -> Any:
@@ -202,6 +236,10 @@ async def test_an_error_is_everybodys_and_is_not_kept(service: Service) -> None:
 # Functions, and exactly what was kept of a call
 
 
+async def nothing_done() -> None:
+    pass
+
+
 async def test_a_function_is_answered_by_its_arguments(service: Service) -> None:
     ran: list[tuple[int, str]] = []
 
@@ -221,6 +259,17 @@ async def test_a_function_is_answered_by_its_arguments(service: Service) -> None
     await price(1)
     await price(2)
     assert ran[3:] == [(1, "EUR")]
+
+
+@pytest.mark.parametrize("nameless", [object(), [object()], {"a": (object(),)}, nothing_done, lambda: 1])
+async def test_an_argument_that_is_named_by_its_address_is_refused(service: Service, nameless: Any) -> None:
+    @service.overdrive.cache.memoize()
+    async def of(value: Any) -> int:
+        return 1
+
+    with pytest.raises(ConfigurationError, match=r"of\(\) cannot be told apart by value="):
+        await of(nameless)
+    assert await of(f"<object at {id(nameless):#x}>") == 1
 
 
 async def test_a_function_with_reads_nobody_can_name_needs_a_tag(service: Service) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from .conditional import Header, with_etag
@@ -13,6 +13,7 @@ from .entry import FORMAT, Entry, Instant, State
 from .flight import Flights, Landed
 from .invalidation import Invalidator
 from .store import Store, StoreUnavailable
+from .tags import tag_of_tenant, tags_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
 if TYPE_CHECKING:
@@ -57,9 +58,16 @@ class Cache:
         """Keep entries in another store from now on; those in the old one are left there."""
         self.store = self.invalidator.store = store
 
-    async def clear(self) -> None:
-        """Drop every entry, in every worker that shares the store."""
-        await self.store.clear()
+    async def clear(self, *, tenant: str | None = None) -> None:
+        """Drop every entry, in every worker that shares the store.
+
+        tenant: whose alone, by the name that `Overdrive(tenant=...)` gives: responses, values, and those of one in
+            65,536 other tenants.
+        """
+        if tenant is None:
+            await self.store.clear()
+        else:
+            await self.invalidator.announce([tag_of_tenant(tenant)])
 
     @overload
     async def invalidate(self, *tags: str) -> None: ...
@@ -71,6 +79,8 @@ class Cache:
         tags: names of what they read: a table, or `engine/table` for another engine's, or a tag of one's own.
         function, arguments: an endpoint and its path parameters, or a function that `memoize` has wrapped and its
             arguments: what was kept of that call, and of one in 65,536 others.
+
+        What is dropped is dropped for all tenants. Raises `ConfigurationError` for tags that are no names.
         """
         if what and callable(what[0]):
             function = inspect.unwrap(what[0])
@@ -80,12 +90,7 @@ class Cache:
                 key = key_of_call(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
             await self.invalidator.announce([tag_of_call(key)])
         else:
-            await self.invalidator.announce(self.tags_of(what))
-
-    @staticmethod
-    def tags_of(names: Iterable[str]) -> list[str]:
-        """Return tags as they are stamped: a table's name alone is one of the default engine's."""
-        return [name if "/" in name else f"default/{name}" for name in names]
+            await self.invalidator.announce(tags_of(what))
 
     async def get_or_set(
         self,
@@ -95,6 +100,7 @@ class Cache:
         ttl: float | None = None,
         tags: Collection[str] = (),
         type: type[T] | Any = Any,  # noqa: A002
+        shared: bool = False,
     ) -> T:
         """Return the value kept under `key`; where there is none, what `load` gives, which is kept.
 
@@ -103,21 +109,30 @@ class Cache:
         ttl: seconds it is fresh; left out, the setting `cache.ttl` decides.
         tags: what outdates it besides, by `invalidate`.
         type: what msgspec makes of the stored value: a struct, a dataclass, `list[int]`; left out, plain data.
+        shared: whether all tenants have the same one. Left out, each has its own, and a request of none loads anew;
+            what is kept outside of requests is not theirs either.
 
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
-        msgspec cannot write or read.
+        msgspec cannot write or read, and for tags that are no names.
         """
-        value: T = await self._values.get_or_set(key, load, type_=type, ttl=ttl, tags=self.tags_of(tags))
+        value: T = await self._values.get_or_set(key, load, type_=type, ttl=ttl, tags=tags_of(tags), shared=shared)
         return value
 
     def memoize(
-        self, *, ttl: float | None = None, tags: Collection[str] = ()
+        self,
+        *,
+        ttl: float | None = None,
+        tags: Collection[str] = (),
+        shared: bool = False,
     ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
         """Keep what a coroutine function returns, by its arguments; typed by its return annotation.
 
-        ttl, tags: see `get_or_set`.
+        ttl, tags, shared: see `get_or_set`.
+
+        A call raises `ConfigurationError` for an argument that has no other name than its address, such as a session.
         """
-        return lambda function: self._values.memoize(function, ttl, self.tags_of(tags))
+        own = tags_of(tags)
+        return lambda function: self._values.memoize(function, ttl, own, shared=shared)
 
     def seen(self) -> Instant | None:
         """Return the write clock as this process last saw it, without asking anyone."""

@@ -20,12 +20,14 @@ class Policy:
     route: its template.
     early: whether nothing but its parameters has a say in who gets them, so that a hit may be served before the
         route's dependencies are resolved.
+    tags: what outdates its responses, besides what they read.
     """
 
     ttl: float
     plan: KeyPlan
     route: str | None = None
     early: bool = False
+    tags: tuple[str, ...] = ()
 
 
 def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, max_body: int) -> str | None:

@@ -16,6 +16,7 @@ from overdrive.errors import ConfigurationError
 from .entry import Entry, Instant, State
 from .flight import Flight, Landed, Landing
 from .store import StoreUnavailable
+from .tags import TENANT, tag_of_tenant
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -38,7 +39,21 @@ def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """Return what stands for a call of a function with all of its arguments, of which 1 is not "1"."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if _is_named_by_address(value):
+            raise ConfigurationError(
+                f"calls of {function.__qualname__}() cannot be told apart by {name}={value!r}, which is named by its "
+                "address, and another may have that later: give it a __repr__ of its own, or keep what does not take it"
+            )
     return key_of_call(function, {name: repr(value) for name, value in bound.arguments.items()})
+
+
+def _is_named_by_address(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_is_named_by_address, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_is_named_by_address, value))
+    return f"{id(value):x}" in repr(value).lower()
 
 
 def tag_of_call(key: str) -> str:
@@ -69,12 +84,31 @@ class Values:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    async def get_or_set(self, key: str, load: Load, *, type_: Any, ttl: float | None, tags: Collection[str]) -> Any:
+    async def get_or_set(
+        self,
+        key: str,
+        load: Load,
+        *,
+        type_: Any,
+        ttl: float | None,
+        tags: Collection[str],
+        shared: bool,
+    ) -> Any:
         """Return the value that is kept under `key`, or what `load` gives."""
         context = current()
+        for reads in collectors():
+            reads.tags |= set(tags)
         if not self._cache.enabled or (context is not None and context.wrote):
             return await load()
-        name, fingerprint = f"value:{_digest(key)}", repr(type_)
+        tenant: str | None = None
+        if context is not None and not shared:
+            if context.lacks_tenant:
+                return await load()
+            tenant = context.tenant
+        # Of another release with other tags nobody could drop what they drop.
+        name, fingerprint = f"value:{_digest((key, tenant))}", repr((type_, sorted(tags)))
+        if tenant is not None:
+            tags = [*tags, tag_of_tenant(tenant)]
         while True:
             try:
                 entry, instant = await self._find(name, fingerprint)
@@ -136,12 +170,12 @@ class Values:
         body: bytes,
     ) -> Entry | None:
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
-        if reads.unknown and all(tag.startswith(_CALL) for tag in tags):
+        if reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags):
             return None
         return await self._cache.keep(name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body)
 
     def memoize(
-        self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str]
+        self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str], *, shared: bool
     ) -> Callable[P, Awaitable[T]]:
         """Return the function, answered from the cache."""
         if not inspect.iscoroutinefunction(function):
@@ -155,7 +189,9 @@ class Values:
                 type_ = get_type_hints(function).get("return", Any)
             own = key_of_memoized(function, *args, **kwargs)
             load = functools.partial(function, *args, **kwargs)
-            value: T = await self.get_or_set(own, load, type_=type_, ttl=ttl, tags=[*tags, tag_of_call(own)])
+            value: T = await self.get_or_set(
+                own, load, type_=type_, ttl=ttl, tags=[*tags, tag_of_call(own)], shared=shared
+            )
             return value
 
         setattr(call, _MEMOIZED, True)

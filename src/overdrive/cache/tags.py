@@ -1,0 +1,34 @@
+"""The names by which what is kept is dropped, besides what it has read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from overdrive.errors import ConfigurationError
+
+#: What the tags of tenants begin with.
+TENANT = "tenant/"
+
+
+def tags_of(names: Iterable[str]) -> list[str]:
+    """Return tags as they are stamped: a table's name alone is one of the default engine's.
+
+    Raises `ConfigurationError` for what is not a collection of names.
+    """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigurationError(f"tags are several names, in a list or a tuple, and not {names!r} alone")
+    tags = []
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(f"a tag is a name, and not {name!r}")
+        tags.append(name if "/" in name else f"default/{name}")
+    return tags
+
+
+def tag_of_tenant(tenant: str) -> str:
+    """Return the tag of what is kept for a tenant.
+
+    A store remembers every tag, and tenants may be named by clients, so there is one for each 65,536th part of them.
+    """
+    return TENANT + blake2b(str(tenant).encode(), digest_size=2).hexdigest()

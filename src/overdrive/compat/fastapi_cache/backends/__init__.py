@@ -1,0 +1,1 @@
+"""The names of backends. Entries are kept where Overdrive keeps them."""

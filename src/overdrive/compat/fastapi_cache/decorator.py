@@ -1,0 +1,5 @@
+"""`cache`, where fastapi-cache2 has it."""
+
+from . import cache
+
+__all__ = ["cache"]
