@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from . import http
-from .conditional import Header
+from .conditional import Header, not_modified
 from .http import Fields, Stored, Target, Worth
 from .memory import Memory
 
@@ -40,7 +40,8 @@ class CacheMiddleware:
 
     It needs nothing but the app's response headers: Cache-Control (with s-maxage, stale-while-revalidate and
     stale-if-error), Expires, ETag, Last-Modified and Vary. Without any of these, nothing is stored. Concurrent requests
-    for the same that is not stored become one. What is a stream, a part, or sets a cookie passes as it is.
+    for the same that is not stored become one. What is a part, or sets a cookie, passes as it is; so does what is
+    longer than `max_body`, and a body of unknown length is sent on while it comes.
 
     max_bytes: bytes of all stored responses together.
     max_body: bytes above which a body is neither held nor stored.
@@ -105,12 +106,14 @@ class CacheMiddleware:
         self, found: Stored, now: float, method: str, send: Send, said: bytes | None = None, *, unmodified: bool = False
     ) -> None:
         """Send a stored response, with what Cache-Status says of it if it is not a hit."""
-        headers = [*found.headers, (b"age", b"%d" % max(now - found.born, 0))]
-        if not self.hide_status:
-            headers.append((b"cache-status", said or http.status_of_hit(found, now)))
+        headers = found.hit(now)
+        if said or self.hide_status:
+            headers.pop()
+        if said and not self.hide_status:
+            headers.append((b"cache-status", said))
         status = found.status
         if unmodified:
-            status, headers = 304, http.headers_of_304(headers)
+            status, headers = 304, not_modified(headers)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         body = b"" if unmodified or method == "HEAD" else found.body
         await send({"type": "http.response.body", "body": body})
@@ -141,25 +144,29 @@ class CacheMiddleware:
 
     async def _serve(self, target: Target, fields: Fields, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET or HEAD that asks for something, or to which there is no fresh response."""
-        wishes = http.asked(fields)
-        if not http.PASSED_ON.isdisjoint(fields) or b"no-store" in wishes:
-            reason = b"request" if b"no-store" in wishes else b"bypass"
-            await self._pass(target, scope, receive, send, reason)
+        if not http.PASSED_ON.isdisjoint(fields):
+            await self._pass(target, scope, receive, send, b"bypass")
             return
+        wishes = http.asked(fields)
         found, worth = self._judge(target, fields, wishes)
         reason = self._reason(target, found, worth)
         said = None
-        if worth is Worth.STALE and not wishes and self._is_awaited(target, fields):
-            await self._fills[target][0].wait()
+        leader = self._leader(target, fields)
+        if worth is Worth.STALE and not wishes and leader is not None:
+            await leader.wait()
             found, worth = self._judge(target, fields, wishes)
             said = http.status_of_forward(reason, collapsed=True)
         if found is not None and worth in (Worth.SERVED, Worth.REVALIDATED):
-            if worth is Worth.REVALIDATED:
+            if worth is Worth.REVALIDATED and b"no-store" not in wishes:
                 self._refresh(target, fields, scope, found)
             unmodified = http.is_not_modified(fields, found)
             await self._answer(found, self.clock(), scope["method"], send, said, unmodified=unmodified)
         elif b"only-if-cached" in wishes:
-            await self._refuse(send)
+            # RFC 9111, section 5.2.1.7.
+            await send({"type": "http.response.start", "status": 504, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+        elif b"no-store" in wishes:
+            await self._pass(target, scope, receive, send, b"request")
         elif scope["method"] == "HEAD":
             await self._head(target, fields, found, scope, receive, send, reason)
         else:
@@ -175,15 +182,11 @@ class CacheMiddleware:
             return worth.value.encode()
         return b"vary-miss" if self._memory.get(target) else b"uri-miss"
 
-    def _is_awaited(self, target: Target, fields: Fields) -> bool:
-        """Say whether somebody is asking the app for what would probably answer this request too."""
-        return target in self._fills and target not in self._unshared and b"authorization" not in fields
-
-    async def _refuse(self, send: Send) -> None:
-        """Answer `only-if-cached` where nothing is (RFC 9111, section 5.2.1.7)."""
-        message = {"type": "http.response.start", "status": 504, "headers": [(b"content-length", b"0")]}
-        await send(self._marked(message, b"overdrive; detail=only-if-cached"))
-        await send({"type": "http.response.body", "body": b""})
+    def _leader(self, target: Target, fields: Fields) -> _Fill | None:
+        """Return who is asking the app for what would probably answer this request too, if somebody is."""
+        if target not in self._fills or target in self._unshared or b"authorization" in fields:
+            return None
+        return self._fills[target][0]
 
     async def _head(
         self,
@@ -259,12 +262,12 @@ class CacheMiddleware:
     def _refreshed(self, target: Target, task: asyncio.Task[None]) -> None:
         del self._refreshing[target]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("revalidating %s failed", target.path, exc_info=error)
+            logger.error("revalidating %s failed", target[2], exc_info=error)
 
 
 def _target(scope: Scope, fields: Fields) -> Target:
     path = scope["path"]
-    return Target(
+    return (
         scope.get("scheme", "http"),
         fields.get(b"host", b"").lower(),
         path,
@@ -279,7 +282,7 @@ class _Phase(Enum):
     AWAITED = 0
     #: Held back, because it may be stored.
     HELD = 1
-    #: Sent on as far as it has come, and stored if that was all.
+    #: Sent on as far as it has come, and stored when it is whole.
     SHOWN = 2
     PASSED = 3
     #: The client has its answer: what else the app sends is for nobody.
@@ -308,11 +311,12 @@ class _Fill:
         self._phase = _Phase.AWAITED
         #: Done once the response is stored, or will not be.
         self._settled = asyncio.get_running_loop().create_future()
-        #: What is held: the start, what it is stored as, and the body so far, with its announced and present length.
+        #: What the app has said so far: the start, what it is to be stored as, and the body, with its announced and
+        #: present length.
         self._start: Message = {}
         self._response: Stored | None = None
+        self._body: list[Message] = []
         self._length: int | None = None
-        self._chunks: list[bytes] = []
         self._size = 0
 
     async def wait(self) -> None:
@@ -354,9 +358,9 @@ class _Fill:
             await self._cache.app(scope, receive, self._told)
         except Exception as error:
             is_open = self._phase in (_Phase.AWAITED, _Phase.HELD)
-            if found is None or not is_open or not http.serves_errors(found, self._cache.clock()):
+            if found is None or not is_open or not http.serves_errors(found, self._fields, self._cache.clock()):
                 raise
-            logger.error("%s failed, and is answered with a stale response", self._target.path, exc_info=error)
+            logger.error("%s failed, and is answered with a stale response", self._target[2], exc_info=error)
             await self._stand_in(found, 500)
         if self._phase is _Phase.HELD:
             await self._pass_on()
@@ -368,14 +372,14 @@ class _Fill:
         elif self._phase is _Phase.HELD:
             await self._hold(message)
         elif self._phase is _Phase.SHOWN:
-            await self._end(message)
+            await self._show(message)
         elif self._phase in (_Phase.AWAITED, _Phase.PASSED):
             await self._send(message)
 
     async def _begin(self, message: Message) -> None:
         cache, found = self._cache, self._found
         status, headers = message["status"], list(message.get("headers", ()))
-        if found is not None and http.is_error(status) and http.serves_errors(found, cache.clock()):
+        if found is not None and http.is_error(status) and http.serves_errors(found, self._fields, cache.clock()):
             await self._stand_in(found, status)
             return
         if found is not None and status == 304:
@@ -391,38 +395,43 @@ class _Fill:
             self._phase = _Phase.HELD
 
     async def _hold(self, message: Message) -> None:
-        if message["type"] != "http.response.body":
+        may_be_whole = self._collect(message)
+        if may_be_whole and not message.get("more_body"):
+            await self._complete()
+        elif not may_be_whole:
             await self._pass_on()
-            await self._send(message)
-            return
-        body, more = message.get("body", b""), message.get("more_body", False)
-        self._chunks.append(body)
-        self._size += len(body)
-        limit = self._cache.max_body if self._length is None else self._length
-        is_short = not more and self._length is not None and self._size < self._length
-        if self._size > limit or is_short:
-            await self._pass_on(more_body=more)
-        elif not more:
-            await self._complete(b"".join(self._chunks))
         elif self._length is None:
-            # More is a stream, which nobody is kept waiting for; but many an app ends a single chunk with an empty one.
+            # It may be a stream, whose client is not kept waiting for all of it.
             self._phase = _Phase.SHOWN
-            await self._send_held(more_body=True)
+            await self._send_held()
 
-    async def _end(self, message: Message) -> None:
-        """Store a body of one chunk that an empty one ends."""
-        if message["type"] == "http.response.body" and not (message.get("body") or message.get("more_body")):
-            assert self._response is not None
-            self._phase = _Phase.PASSED
-            self._is_kept(self._response.with_body(b"".join(self._chunks)))
-        else:
+    async def _show(self, message: Message) -> None:
+        if not self._collect(message):
             self._give_up()
+            self._body.clear()
+        elif not message.get("more_body"):
+            self._phase = _Phase.PASSED
+            self._is_kept(self._whole())
         await self._send(message)
 
-    async def _pass_on(self, *, more_body: bool = True) -> None:
+    def _collect(self, message: Message) -> bool:
+        """Take a message of the body, and say whether it may still become what can be stored."""
+        self._body.append(message)
+        self._size += len(message.get("body", b""))
+        if message["type"] != "http.response.body":
+            return False
+        if self._length is None:
+            return self._size <= self._cache.max_body
+        return self._size == self._length or (self._size < self._length and message.get("more_body", False))
+
+    def _whole(self) -> Stored:
+        assert self._response is not None
+        return self._response.with_body(b"".join(message.get("body", b"") for message in self._body))
+
+    async def _pass_on(self) -> None:
         """Send what was held, which cannot be stored, and let the rest through."""
         self._give_up()
-        await self._send_held(more_body=more_body)
+        await self._send_held()
 
     def _give_up(self) -> None:
         cache, status = self._cache, self._start["status"]
@@ -434,25 +443,22 @@ class _Fill:
                 cache._drop(self._target, self._found)
         self.settle()
 
-    async def _send_held(self, *, more_body: bool) -> None:
+    async def _send_held(self) -> None:
         await self._send(self._cache._marked(self._start, http.status_of_forward(self._reason)))
-        if self._chunks:
-            body = b"".join(self._chunks)
-            await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
+        for message in self._body:
+            await self._send(message)
 
-    async def _complete(self, body: bytes) -> None:
+    async def _complete(self) -> None:
         """Store a response, and send it on."""
-        assert self._response is not None
         self._phase = _Phase.ANSWERED
-        cache, response = self._cache, self._response.with_body(body)
+        cache, response = self._cache, self._whole()
         said = http.status_of_forward(self._reason, stored=self._is_kept(response))
         if http.is_not_modified(self._fields, response):
             await cache._answer(response, cache.clock(), "GET", self._send, said, unmodified=True)
             return
-        made = response.headers[len(self._response.headers) :]
-        start = {**self._start, "headers": [*self._start.get("headers", ()), *made]}
+        start = {**self._start, "headers": response.completed(self._start.get("headers", ()))}
         await self._send(cache._marked(start, said))
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": response.body})
 
     def _is_kept(self, response: Stored) -> bool:
         # Settled already, it may have been read before a write.
