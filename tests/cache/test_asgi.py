@@ -131,8 +131,12 @@ CASES: list[tuple[str, Answer, dict[str, Any], int]] = [
     ("two Cache-Control lines asked", Answer(FRESH), {"then": "Cache-Control: x\nCache-Control: no-cache"}, FORWARDED),
     ("Pragma asked", Answer(FRESH), {"then": "Pragma: no-cache"}, FORWARDED),
     ("Pragma asked with Cache-Control", Answer(FRESH), {"then": "Pragma: no-cache\nCache-Control: x"}, HIT),
-    ("Range asked", Answer(FRESH), {"then": "Range: bytes=0-1"}, FORWARDED),
-    ("If-Range asked", Answer(FRESH), {"then": "If-Range: x"}, FORWARDED),
+    ("If-Range without Range", Answer(FRESH), {"then": "If-Range: x"}, HIT),
+    ("Range first", Answer(FRESH), {"first": "Range: bytes=0-1"}, FORWARDED),
+    ("Range of what is stale", Answer(FRESH), {"then": "Range: bytes=0-1", "tick": 60}, FORWARDED),
+    ("Range out of bounds", Answer(FRESH), {"then": "Range: bytes=4-"}, FORWARDED),
+    ("Range of an error", Answer(FRESH, 404), {"then": "Range: bytes=0-1"}, FORWARDED),
+    ("Range of HEAD", Answer(FRESH), {"then": "Range: bytes=0-1", "method": "HEAD"}, FORWARDED),
     ("If-Match asked", Answer(FRESH), {"then": "If-Match: x"}, FORWARDED),
     ("content", Answer(FRESH), {"then": "Content-Length: 0"}, FORWARDED),
     ("Authorization first", Answer(FRESH), {"first": "Authorization: x"}, FORWARDED),
@@ -222,9 +226,22 @@ async def test_only_if_cached_is_never_forwarded() -> None:
     refused = await cached.ask("Cache-Control: only-if-cached")
     # What is made here of no stored response has none (RFC 9211, section 2).
     assert (refused.status_code, "cache-status" in refused.headers) == (504, False)
+    assert (await cached.ask("Cache-Control: only-if-cached\nRange: bytes=0-1")).status_code == 504
     assert cached.count == 0
     await cached.ask()
     assert (await cached.ask("Cache-Control: only-if-cached")).status_code == 200
+
+
+async def test_a_part_of_what_is_stored_is_a_hit() -> None:
+    cached = Cached(Answer(f'{FRESH}\nETag: "a"'))
+    await cached.ask()
+    answer = await cached.ask("Range: bytes=1-2")
+    assert (answer.status_code, answer.content) == (206, b"od")
+    assert [answer.headers[name] for name in ("content-range", "content-length", "etag")] == ["bytes 1-2/4", "2", '"a"']
+    assert answer.headers["cache-status"] == "overdrive; hit; ttl=60"
+    assert (await cached.ask('Range: bytes=1-2\nIf-None-Match: "a"')).status_code == 304
+    assert (await cached.ask()).content == b"body"
+    assert cached.count == 1
 
 
 async def test_variants_are_kept_beside_each_other() -> None:
@@ -491,6 +508,16 @@ async def test_a_revalidation_has_a_client_that_stays_until_it_is_over() -> None
     await until(lambda: not cache._refreshing)
     assert [message["type"] for message in heard[2:]] == ["http.request", "http.disconnect"]
     assert (methods, state) == (["GET", "GET"], {})
+
+
+async def test_a_part_of_what_is_stale_revalidates_all_of_it() -> None:
+    cached = Cached(Answer(SWR), Answer(SWR, chunks=(b"new",)))
+    await cached.ask()
+    cached.clock.tick(70)
+    assert (await cached.ask("Range: bytes=0-1")).content == b"bo"
+    await until(lambda: cached.count == 2 and not cached.app._refreshing)
+    assert "range" not in cached.origin.asked[1][1]
+    assert (await cached.ask()).content == b"new"
 
 
 async def test_a_failing_revalidation_is_logged(caplog: pytest.LogCaptureFixture) -> None:

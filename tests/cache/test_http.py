@@ -458,6 +458,37 @@ def test_without_a_date_of_change_its_own_date_counts_or_when_it_came() -> None:
     assert [http.is_not_modified(since, stored()) for since in (then, now)] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("request_", "asked"),
+    [
+        ("Range: bytes=0-0", b"b"),
+        ("Range: Bytes=1-2", b"od"),
+        ("Range: bytes=1-", b"ody"),
+        ("Range: bytes=1-99", b"ody"),
+        ("Range: bytes=-1", b"y"),
+        ("Range: bytes=-99", b"body"),
+        ("Range: bytes=-0", b""),
+        ("Range: bytes=4-", b""),
+        ("Range: bytes=2-1", b""),
+        ("Range: bytes=-", b""),
+        ("Range: bytes=0-0,2-2", b""),
+        ("Range: lines=0-0", b""),
+        ("Range: bytes=0-" + "9" * 5000, b""),
+        ('Range: bytes=0-0\nIf-Range: "a"', b"b"),
+        ('Range: bytes=0-0\nIf-Range: "b"', b""),
+        (f"Range: bytes=0-0\nIf-Range: {date(-10).decode()}", b""),
+    ],
+)
+def test_which_part_is_asked_for(request_: str, asked: bytes) -> None:
+    part = http.part(fields(request_), stored(f'ETag: "a"\nLast-Modified: {date(-10).decode()}'))
+    assert bytes(b"body"[place] for place in part) == asked
+
+
+def test_a_weak_tag_names_no_bytes() -> None:
+    asked = fields('Range: bytes=0-0\nIf-Range: W/"a"')
+    assert not http.part(asked, stored('ETag: W/"a"'))
+
+
 def test_only_a_200_is_unmodified() -> None:
     assert not http.is_not_modified(fields("If-None-Match: *"), stored(status=404))
 
@@ -466,7 +497,7 @@ def test_a_question_to_the_origin_has_its_own_validators_only() -> None:
     both = stored(f'ETag: W/"a"\nLast-Modified: {date(-10).decode()}')
     assert http.preconditions(both) == [(b"if-none-match", b'W/"a"'), (b"if-modified-since", date(-10))]
     assert http.preconditions(stored()) == []
-    kept = http.without_preconditions(headers("If-None-Match: x\nIf-Modified-Since: x\nAccept: x"))
+    kept = http.without_judged(headers("If-None-Match: x\nIf-Modified-Since: x\nRange: x\nIf-Range: x\nAccept: x"))
     assert kept == [(b"Accept", b"x")]
 
 

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from . import http
-from .conditional import Header, not_modified
+from .conditional import Header
 from .http import Fields, Stored, Target, Worth
 from .memory import Memory
 
@@ -32,7 +32,7 @@ _VARIANTS = 64
 _REMEMBERED = 4096
 
 #: Request headers without which a fresh response is simply sent.
-_ASKING = http.PASSED_ON | http.PRECONDITIONS | {b"cache-control", b"pragma", b"authorization"}
+_ASKING = http.PASSED_ON | http.JUDGED | {b"cache-control", b"pragma"}
 
 
 class CacheMiddleware:
@@ -103,20 +103,29 @@ class CacheMiddleware:
         return None
 
     async def _answer(
-        self, found: Stored, now: float, method: str, send: Send, said: bytes | None = None, *, unmodified: bool = False
+        self,
+        found: Stored,
+        now: float,
+        method: str,
+        send: Send,
+        *,
+        said: bytes | None = None,
+        asked: Fields | None = None,
     ) -> None:
-        """Send a stored response, with what Cache-Status says of it if it is not a hit."""
-        headers = found.hit(now)
+        """Send a stored response.
+
+        said: its Cache-Status, if it is not a hit.
+        asked: the request, if it may ask for less than all of it.
+        """
+        status, headers, body = found.status, found.hit(now), found.body
         if said or self.hide_status:
             headers.pop()
         if said and not self.hide_status:
             headers.append((b"cache-status", said))
-        status = found.status
-        if unmodified:
-            status, headers = 304, not_modified(headers)
+        if asked is not None:
+            status, headers, body = http.selected(asked, found, headers)
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        body = b"" if unmodified or method == "HEAD" else found.body
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
 
     async def _pass(self, target: Target, scope: Scope, receive: Receive, send: Send, reason: bytes) -> None:
         """Let a request through to which no stored response is an answer, and see what it makes wrong."""
@@ -144,6 +153,7 @@ class CacheMiddleware:
 
     async def _serve(self, target: Target, fields: Fields, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET or HEAD that asks for something, or to which there is no fresh response."""
+        method = scope["method"]
         if not http.PASSED_ON.isdisjoint(fields):
             await self._pass(target, scope, receive, send, b"bypass")
             return
@@ -156,18 +166,19 @@ class CacheMiddleware:
             await leader.wait()
             found, worth = self._judge(target, fields, wishes)
             said = http.status_of_forward(reason, collapsed=True)
-        if found is not None and worth in (Worth.SERVED, Worth.REVALIDATED):
+        if found is not None and worth in (Worth.SERVED, Worth.REVALIDATED) and http.has_part(method, fields, found):
             if worth is Worth.REVALIDATED and b"no-store" not in wishes:
                 self._refresh(target, fields, scope, found)
-            unmodified = http.is_not_modified(fields, found)
-            await self._answer(found, self.clock(), scope["method"], send, said, unmodified=unmodified)
+            await self._answer(found, self.clock(), method, send, said=said, asked=fields)
         elif b"only-if-cached" in wishes:
             # RFC 9111, section 5.2.1.7.
             await send({"type": "http.response.start", "status": 504, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
+        elif b"range" in fields:
+            await self._pass(target, scope, receive, send, b"bypass")
         elif b"no-store" in wishes:
             await self._pass(target, scope, receive, send, b"request")
-        elif scope["method"] == "HEAD":
+        elif method == "HEAD":
             await self._head(target, fields, found, scope, receive, send, reason)
         else:
             await _Fill(self, target, fields, found, reason, send).run(scope, receive)
@@ -454,7 +465,7 @@ class _Fill:
         cache, response = self._cache, self._whole()
         said = http.status_of_forward(self._reason, stored=self._is_kept(response))
         if http.is_not_modified(self._fields, response):
-            await cache._answer(response, cache.clock(), "GET", self._send, said, unmodified=True)
+            await self._answer(response, said)
             return
         start = {**self._start, "headers": response.completed(self._start.get("headers", ()))}
         await self._send(cache._marked(start, said))
@@ -495,13 +506,13 @@ class _Fill:
         await self._answer(found, http.status_of_forward(self._reason, status=status))
 
     async def _answer(self, response: Stored, said: bytes) -> None:
-        unmodified = http.is_not_modified(self._fields, response)
-        await self._cache._answer(response, self._cache.clock(), "GET", self._send, said, unmodified=unmodified)
+        cache = self._cache
+        await cache._answer(response, cache.clock(), "GET", self._send, said=said, asked=self._fields)
 
 
 def _with_headers(scope: Scope, preconditions: list[Header]) -> Scope:
     """Return a copy of the scope with these preconditions in place of the client's."""
-    return {**scope, "headers": http.without_preconditions(scope["headers"]) + preconditions}
+    return {**scope, "headers": http.without_judged(scope["headers"]) + preconditions}
 
 
 async def _nowhere(message: Message) -> None:

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import TypeAlias
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
-from .conditional import Header, names_tag, opaque, strong_tag
+from .conditional import Header, names_tag, not_modified, opaque, strong_tag
 
 #: Header fields by their names in lower case, with the lines of one name joined (RFC 9110, section 5.3).
 Fields = Mapping[bytes, bytes]
@@ -25,13 +25,11 @@ Directives = Mapping[bytes, bytes | None]
 FOREVER = 2**31
 #: RFC 9110, section 9.2.1, and QUERY of its registry; what is unknown may have changed something.
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
-#: Preconditions that are the origin's to judge, and parts (RFC 9111, section 4.3.2; RFC 9110, section 14.2); and
-#: content, which an app may read though a GET's has no meaning (RFC 9110, section 9.3.1).
-PASSED_ON = frozenset(
-    (b"if-match", b"if-unmodified-since", b"if-range", b"range", b"content-length", b"transfer-encoding")
-)
-#: Preconditions a cache may judge, and replaces by its own when it validates (RFC 9111, section 4.3.1).
-PRECONDITIONS = frozenset((b"if-none-match", b"if-modified-since"))
+#: Preconditions that are the origin's to judge (RFC 9111, section 4.3.2); and content, which an app may read though a
+#: GET's has no meaning (RFC 9110, section 9.3.1).
+PASSED_ON = frozenset((b"if-match", b"if-unmodified-since", b"content-length", b"transfer-encoding"))
+#: Preconditions a cache may judge, and replaces by its own when it validates (RFC 9111, section 4.3.1), and parts.
+JUDGED = frozenset((b"if-none-match", b"if-modified-since", b"if-range", b"range"))
 
 #: RFC 9110, section 15.1, without 206, which is never stored.
 _HEURISTIC = frozenset((200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501))
@@ -46,6 +44,8 @@ _NOT_STORED = frozenset(
 #: Selecting headers whose values are case-insensitive (RFC 9110, section 12.5).
 _CASELESS = frozenset((b"accept", b"accept-charset", b"accept-encoding", b"accept-language"))
 
+#: One range of bytes (RFC 9110, section 14.1.2).
+_RANGE = re.compile(rb"bytes=(?:(?P<first>\d{1,18})-(?P<last>\d{1,18})?|-(?P<length>\d{1,18}))", re.IGNORECASE)
 #: A quoted string, up to the end where it is not closed, so that no text is read twice.
 _QUOTED = rb'"(?:[^"\\]|\\.)*("|\\?\Z)'
 _CLOSINGS = re.compile(_QUOTED, re.DOTALL)
@@ -427,9 +427,46 @@ def is_not_modified(request: Fields, response: Stored) -> bool:
     return since is not None and modified is not None and modified <= since
 
 
-def without_preconditions(headers: Iterable[Header]) -> list[Header]:
+def has_part(method: str, request: Fields, response: Stored) -> bool:
+    """Say whether a stored response has what a Range asks for, if there is one; the app may answer any other.
+
+    It has one satisfiable range of a 200, of the version that is named (RFC 9110, sections 13.1.5, 14.1.2 and 14.2).
+    """
+    return b"range" not in request or (method == "GET" and response.status == 200 and bool(part(request, response)))
+
+
+def part(request: Fields, response: Stored) -> range:
+    """Return the bytes of a stored response that its request's Range asks for, none where that is not plain."""
+    found = _RANGE.fullmatch(request[b"range"])
+    version = request.get(b"if-range")
+    is_version = version is None or (version == response.tag and not version.startswith(b"W/"))
+    if found is None or not is_version:
+        return range(0)
+    size = len(response.body)
+    if found["length"]:
+        return range(max(size - int(found["length"]), 0), size)
+    return range(int(found["first"]), min(int(found["last"] or size) + 1, size))
+
+
+def selected(request: Fields, response: Stored, headers: list[Header]) -> tuple[int, list[Header], bytes]:
+    """Return the status, headers and body that answer a request: a 304, a part, or all of a stored response.
+
+    headers: the stored response's, as they are sent.
+    """
+    if is_not_modified(request, response):
+        return 304, not_modified(headers), b""
+    if b"range" not in request:
+        return response.status, headers, response.body
+    asked_for = part(request, response)
+    body = response.body[asked_for.start : asked_for.stop]
+    position = b"bytes %d-%d/%d" % (asked_for.start, asked_for.stop - 1, len(response.body))
+    whole = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return 206, [*whole, (b"content-length", b"%d" % len(body)), (b"content-range", position)], body
+
+
+def without_judged(headers: Iterable[Header]) -> list[Header]:
     """Return a request's headers without what a cache judges itself."""
-    return [(name, value) for name, value in headers if name.lower() not in PRECONDITIONS]
+    return [(name, value) for name, value in headers if name.lower() not in JUDGED]
 
 
 def preconditions(response: Stored) -> list[Header]:
