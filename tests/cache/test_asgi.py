@@ -200,6 +200,16 @@ async def test_a_hit_is_the_miss_with_its_age() -> None:
     }
     head = await cached.ask(method="HEAD")
     assert (dict(head.headers), head.content) == (dict(hit.headers), b"")
+    cached.clock.tick(1)
+    later = await cached.ask()
+    assert (later.headers["age"], later.headers["cache-status"]) == ("8", "overdrive; hit; ttl=52")
+
+
+async def test_a_whole_body_has_a_length_and_no_chunks() -> None:
+    cached = Cached(Answer(f"{FRESH}\nTransfer-Encoding: chunked"))
+    for _ in range(2):
+        answer = await cached.ask()
+        assert (answer.headers["content-length"], "transfer-encoding" in answer.headers) == ("4", False)
 
 
 async def test_the_status_can_be_hidden() -> None:
@@ -510,6 +520,14 @@ async def test_a_revalidation_has_a_client_that_stays_until_it_is_over() -> None
     assert (methods, state) == (["GET", "GET"], {})
 
 
+async def test_who_forbids_storing_revalidates_nothing() -> None:
+    cached = Cached(Answer(SWR))
+    await cached.ask()
+    cached.clock.tick(70)
+    assert (await cached.ask("Cache-Control: no-store")).headers["cache-status"] == "overdrive; hit; ttl=-10"
+    assert not cached.app._refreshing
+
+
 async def test_a_part_of_what_is_stale_revalidates_all_of_it() -> None:
     cached = Cached(Answer(SWR), Answer(SWR, chunks=(b"new",)))
     await cached.ask()
@@ -798,14 +816,14 @@ async def test_an_app_that_fails_after_its_start_fails_and_stores_nothing() -> N
 
 async def test_messages_are_new_for_each_request() -> None:
     cached = Cached(Answer(FRESH))
-    sent: list[Message] = []
+    counts: list[int] = []
 
     async def send(message: Message) -> None:
-        message.setdefault("headers", []).append((b"x", b"y"))
+        counts.append(len(message.setdefault("headers", [])))
+        message["headers"].append((b"x", b"y"))
         message["body"] = b"changed"
-        sent.append(message)
 
     for _ in range(3):
         await cached.app(scope(), nothing_more, send)
-    assert [len(message["headers"]) for message in sent[2::2]] == [len(sent[2]["headers"])] * 2
+    assert counts[2::2] == [5, 5]
     assert (await cached.ask()).content == b"body"
