@@ -827,3 +827,13 @@ async def test_messages_are_new_for_each_request() -> None:
         await cached.app(scope(), nothing_more, send)
     assert counts[2::2] == [5, 5]
     assert (await cached.ask()).content == b"body"
+
+
+async def test_what_is_stored_of_a_stream_is_what_the_app_sent() -> None:
+    cached = Cached(Answer(FRESH, chunks=(b"bo", b"d", b"y")))
+
+    async def send(message: Message) -> None:
+        message["body"] = b"changed"
+
+    await cached.app(scope(), nothing_more, send)
+    assert ((await cached.ask()).content, cached.count) == (b"body", 1)

@@ -165,6 +165,14 @@ RULES: list[tuple[str, list[Answer], list[Ask], int]] = [
     ("a client's date", [Answer(FRESH)], [ONE, Ask(b"", f"If-Modified-Since: {past(-600)}", status=304)], 1),
     ("validated", [Answer(f"{FRESH}\n{TAG}"), Answer(LATER + TAG, 304)], [ONE, Ask(b"1", later=60), ONE], 2),
     ("changed", [Answer(f"{FRESH}\n{TAG}"), Answer(LATER + 'ETag: "b"')], [ONE, Ask(b"2", later=60), TWO], 2),
+    (
+        "a part of what is stored",
+        [Answer(chunks=(b"abc",))],
+        [Ask(b"abc"), Ask(b"b", "Range: bytes=1-1", status=206)],
+        1,
+    ),
+    ("a part of what is not", [Answer()], [Ask(b"1", "Range: bytes=0-0"), TWO, TWO], 2),
+    ("an error without freshness", [Answer(TAG, 500)], [Ask(b"1", status=500), Ask(b"2", status=500)], 2),
     ("unsafe method", [Answer()], [ONE, Ask(b"2", method="POST"), Ask(b"3")], 3),
     ("unsafe and failed", [Answer(), Answer("", 500)], [ONE, Ask(b"2", method="POST", status=500), ONE], 2),
     (
@@ -203,7 +211,17 @@ async def test_a_stale_response_is_asked_about_by_its_own_validators(service: Se
     tagged = f"Cache-Control: max-age=0\n{TAG}"
     _, second = await one_after_another(service, Answer(tagged), Answer(tagged, 304))
     assert second.content == b"1"
+    assert second.headers["cache-status"] == "overdrive; fwd=stale; fwd-status=304; stored"
     assert service.origin.asked[service.path][1]["if-none-match"] == '"a"'
+
+
+async def test_what_a_write_names_is_asked_for_again(service: Service) -> None:
+    service.origin.answers[service.path] = [Answer()]
+    service.origin.answers[f"{service.path}/list"] = [Answer(f"Location: {service.path}", 201)]
+    async with httpx2.AsyncClient(base_url=service.url) as http:
+        await http.get(service.path)
+        await http.post(f"{service.path}/list")
+        assert (await http.get(service.path)).content == b"2"
 
 
 async def test_a_broken_body_is_not_stored(service: Service) -> None:

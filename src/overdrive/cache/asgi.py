@@ -326,7 +326,7 @@ class _Fill:
         #: present length.
         self._start: Message = {}
         self._response: Stored | None = None
-        self._body: list[Message] = []
+        self._chunks: list[bytes] = []
         self._length: int | None = None
         self._size = 0
 
@@ -406,43 +406,50 @@ class _Fill:
             self._phase = _Phase.HELD
 
     async def _hold(self, message: Message) -> None:
-        may_be_whole = self._collect(message)
-        if may_be_whole and not message.get("more_body"):
-            await self._complete()
-        elif not may_be_whole:
+        if not self._fits(message):
             await self._pass_on()
+            await self._send(message)
+            return
+        self._chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            await self._complete()
         elif self._length is None:
             # It may be a stream, whose client is not kept waiting for all of it.
             self._phase = _Phase.SHOWN
-            await self._send_held()
+            await self._send_start()
+            await self._send(message)
 
     async def _show(self, message: Message) -> None:
-        if not self._collect(message):
+        if not self._fits(message):
             self._give_up()
-            self._body.clear()
-        elif not message.get("more_body"):
-            self._phase = _Phase.PASSED
-            self._is_kept(self._whole())
+            self._chunks.clear()
+        else:
+            # Not the message, which others may change on its way.
+            self._chunks.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self._phase = _Phase.PASSED
+                self._is_kept(self._whole())
         await self._send(message)
 
-    def _collect(self, message: Message) -> bool:
-        """Take a message of the body, and say whether it may still become what can be stored."""
-        self._body.append(message)
-        self._size += len(message.get("body", b""))
+    def _fits(self, message: Message) -> bool:
+        """Count a message of the body, and say whether it may still become what can be stored."""
         if message["type"] != "http.response.body":
             return False
+        self._size += len(message.get("body", b""))
         if self._length is None:
             return self._size <= self._cache.max_body
         return self._size == self._length or (self._size < self._length and message.get("more_body", False))
 
     def _whole(self) -> Stored:
         assert self._response is not None
-        return self._response.with_body(b"".join(message.get("body", b"") for message in self._body))
+        return self._response.with_body(b"".join(self._chunks))
 
     async def _pass_on(self) -> None:
         """Send what was held, which cannot be stored, and let the rest through."""
         self._give_up()
-        await self._send_held()
+        await self._send_start()
+        if self._chunks:
+            await self._send({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": True})
 
     def _give_up(self) -> None:
         cache, status = self._cache, self._start["status"]
@@ -454,10 +461,8 @@ class _Fill:
                 cache._drop(self._target, self._found)
         self.settle()
 
-    async def _send_held(self) -> None:
+    async def _send_start(self) -> None:
         await self._send(self._cache._marked(self._start, http.status_of_forward(self._reason)))
-        for message in self._body:
-            await self._send(message)
 
     async def _complete(self) -> None:
         """Store a response, and send it on."""
