@@ -261,6 +261,16 @@ async def test_variants_are_kept_beside_each_other() -> None:
     assert third.headers["cache-status"] == "overdrive; fwd=vary-miss; stored"
 
 
+@pytest.mark.parametrize(("dates", "body"), [((0, 0), b"2"), ((-5, -9), b"1"), ((-9, -5), b"2")])
+async def test_of_several_variants_the_latest_is_sent(dates: tuple[float, float], body: bytes) -> None:
+    first, second = (f"Cache-Control: max-age=60\nDate: {date(each)}" for each in dates)
+    cached = Cached(Answer(f"{first}\nVary: A", chunks=(b"1",)), Answer(f"{second}\nVary: B", chunks=(b"2",)))
+    await cached.ask("A: 1")
+    await cached.ask("B: 1")
+    assert (await cached.ask("A: 1\nB: 1")).content == body
+    assert cached.count == 2
+
+
 async def test_there_are_not_more_variants_than_one_can_look_through() -> None:
     cached = Cached(Answer(f"{FRESH}\nVary: Foo"))
     for number in range(65):

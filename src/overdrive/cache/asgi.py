@@ -236,7 +236,9 @@ class CacheMiddleware:
         others: tuple[Stored, ...] = ()
         if response.vary:
             others = tuple(other for other in self._memory.get(target) or () if not other.answers(fields))
-        return self._put(target, (response, *others)[:_VARIANTS])
+        # Of several that answer another request, it is the latest that counts (RFC 9111, section 4).
+        latest = sorted((response, *others), key=lambda each: each.dated, reverse=True)
+        return self._put(target, tuple(latest[:_VARIANTS]))
 
     def _drop(self, target: Target, response: Stored) -> bool:
         """Take out one response, and say whether it was there."""

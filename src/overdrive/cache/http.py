@@ -150,6 +150,7 @@ class Stored:
     authorized: whether it may answer requests with Authorization (section 3.5).
     vary: the header fields it was selected by, and their values in the request, normalised (section 4.1).
     expires: the moment it stops being fresh.
+    dated: the moment it was made, as its Date says, or came.
     """
 
     status: int
@@ -166,6 +167,7 @@ class Stored:
     authorized: bool
     vary: tuple[tuple[bytes, bytes | None], ...]
     expires: float
+    dated: float
     #: The age of the last hit, and its headers.
     _age: int = field(default=-1, init=False)
     _hit: list[Header] = field(default_factory=list, init=False)
@@ -270,8 +272,7 @@ def freshness_lifetime(status: int, response: Fields, received: float, *, heuris
     for name in (b"s-maxage", b"max-age"):
         if name in control:
             return delta_seconds(control[name]) or 0
-    dated = http_date(response.get(b"date"), received)
-    dated = received if dated is None else dated
+    dated = _dated(response, received)
     if b"expires" in response:
         expires = http_date(response[b"expires"], received)
         return 0 if expires is None else max(expires - dated, 0)
@@ -281,13 +282,17 @@ def freshness_lifetime(status: int, response: Fields, received: float, *, heuris
     return 0
 
 
+def _dated(response: Fields, received: float) -> float:
+    dated = http_date(response.get(b"date"), received)
+    return received if dated is None else dated
+
+
 def initial_age(response: Fields, requested: float, received: float) -> float:
     """Return a response's age in seconds when it came (RFC 9111, sections 4.2.3 and 5.1).
 
     requested, received: when its request was sent, and when it came.
     """
-    dated = http_date(response.get(b"date"), received)
-    apparent = 0 if dated is None else max(received - dated, 0)
+    apparent = max(received - _dated(response, received), 0)
     # Age has one value; of a list, the first counts, and what is not a number does not.
     said = delta_seconds(response.get(b"age", b"").partition(b",")[0].strip()) or 0
     return max(apparent, said + received - requested)
@@ -338,6 +343,7 @@ def stored(
         authorized=_is_for_the_authorized(control),
         vary=vary,
         expires=born + lifetime,
+        dated=_dated(response, received),
     )
 
 
