@@ -127,11 +127,16 @@ CASES: list[tuple[str, Answer, dict[str, Any], int]] = [
     ("max-stale asked", Answer(FRESH), {"then": "Cache-Control: max-stale=9", "tick": 69}, HIT),
     ("max-stale too old", Answer(FRESH), {"then": "Cache-Control: max-stale=9", "tick": 70}, FORWARDED),
     ("no-store asked", Answer(FRESH), {"first": "Cache-Control: no-store"}, FORWARDED),
+    ("no-store asked of what is stored", Answer(FRESH), {"then": "Cache-Control: no-store"}, HIT),
     ("two Cache-Control lines asked", Answer(FRESH), {"then": "Cache-Control: x\nCache-Control: no-cache"}, FORWARDED),
     ("Pragma asked", Answer(FRESH), {"then": "Pragma: no-cache"}, FORWARDED),
     ("Pragma asked with Cache-Control", Answer(FRESH), {"then": "Pragma: no-cache\nCache-Control: x"}, HIT),
-    ("Range asked", Answer(FRESH), {"then": "Range: bytes=0-1"}, FORWARDED),
-    ("If-Range asked", Answer(FRESH), {"then": "If-Range: x"}, FORWARDED),
+    ("If-Range without Range", Answer(FRESH), {"then": "If-Range: x"}, HIT),
+    ("Range first", Answer(FRESH), {"first": "Range: bytes=0-1"}, FORWARDED),
+    ("Range of what is stale", Answer(FRESH), {"then": "Range: bytes=0-1", "tick": 60}, FORWARDED),
+    ("Range out of bounds", Answer(FRESH), {"then": "Range: bytes=4-"}, FORWARDED),
+    ("Range of an error", Answer(FRESH, 404), {"then": "Range: bytes=0-1"}, FORWARDED),
+    ("Range of HEAD", Answer(FRESH), {"then": "Range: bytes=0-1", "method": "HEAD"}, FORWARDED),
     ("If-Match asked", Answer(FRESH), {"then": "If-Match: x"}, FORWARDED),
     ("content", Answer(FRESH), {"then": "Content-Length: 0"}, FORWARDED),
     ("Authorization first", Answer(FRESH), {"first": "Authorization: x"}, FORWARDED),
@@ -152,9 +157,10 @@ CASES: list[tuple[str, Answer, dict[str, Any], int]] = [
     ("another host", Answer(FRESH), {"then": "Host: other"}, FORWARDED),
     ("a host in capitals", Answer(FRESH), {"then": "Host: SERVICE"}, HIT),
     ("several messages with their length", Answer(f"{FRESH}\nContent-Length: 4", chunks=(b"bo", b"d", b"y")), {}, HIT),
-    ("a stream", Answer(FRESH, chunks=(b"bo", b"dy")), {}, FORWARDED),
+    ("a body of unknown length", Answer(FRESH, chunks=(b"bo", b"dy")), {}, HIT),
     ("a single chunk and its end", Answer(FRESH, chunks=(b"body", b"")), {}, HIT),
-    ("a stream and its end", Answer(FRESH, chunks=(b"bo", b"dy", b"")), {}, FORWARDED),
+    ("a body of unknown length and its end", Answer(FRESH, chunks=(b"bo", b"dy", b"")), {}, HIT),
+    ("a stream too large", Answer(FRESH, chunks=(b"x",) * 101), {"options": {"max_body": 100}}, FORWARDED),
     ("too short", Answer(f"{FRESH}\nContent-Length: 5"), {}, FORWARDED),
     ("too long", Answer(f"{FRESH}\nContent-Length: 3"), {}, FORWARDED),
     ("too large", Answer(FRESH, chunks=(b"x" * 101,)), {"options": {"max_body": 100}}, FORWARDED),
@@ -190,10 +196,20 @@ async def test_a_hit_is_the_miss_with_its_age() -> None:
         "etag": miss.headers["etag"],
         "content-length": "4",
         "age": "7",
-        "cache-status": "overdrive; hit; ttl=52",
+        "cache-status": "overdrive; hit; ttl=53",
     }
     head = await cached.ask(method="HEAD")
     assert (dict(head.headers), head.content) == (dict(hit.headers), b"")
+    cached.clock.tick(1)
+    later = await cached.ask()
+    assert (later.headers["age"], later.headers["cache-status"]) == ("8", "overdrive; hit; ttl=52")
+
+
+async def test_a_whole_body_has_a_length_and_no_chunks() -> None:
+    cached = Cached(Answer(f"{FRESH}\nTransfer-Encoding: chunked"))
+    for _ in range(2):
+        answer = await cached.ask()
+        assert (answer.headers["content-length"], "transfer-encoding" in answer.headers) == ("4", False)
 
 
 async def test_the_status_can_be_hidden() -> None:
@@ -217,10 +233,25 @@ async def test_the_status_says_why_a_request_is_forwarded(request_: str, method:
 
 async def test_only_if_cached_is_never_forwarded() -> None:
     cached = Cached(Answer(FRESH))
-    assert (await cached.ask("Cache-Control: only-if-cached")).status_code == 504
+    refused = await cached.ask("Cache-Control: only-if-cached")
+    # What is made here of no stored response has none (RFC 9211, section 2).
+    assert (refused.status_code, "cache-status" in refused.headers) == (504, False)
+    assert (await cached.ask("Cache-Control: only-if-cached\nRange: bytes=0-1")).status_code == 504
     assert cached.count == 0
     await cached.ask()
     assert (await cached.ask("Cache-Control: only-if-cached")).status_code == 200
+
+
+async def test_a_part_of_what_is_stored_is_a_hit() -> None:
+    cached = Cached(Answer(f'{FRESH}\nETag: "a"'))
+    await cached.ask()
+    answer = await cached.ask("Range: bytes=1-2")
+    assert (answer.status_code, answer.content) == (206, b"od")
+    assert [answer.headers[name] for name in ("content-range", "content-length", "etag")] == ["bytes 1-2/4", "2", '"a"']
+    assert answer.headers["cache-status"] == "overdrive; hit; ttl=60"
+    assert (await cached.ask('Range: bytes=1-2\nIf-None-Match: "a"')).status_code == 304
+    assert (await cached.ask()).content == b"body"
+    assert cached.count == 1
 
 
 async def test_variants_are_kept_beside_each_other() -> None:
@@ -228,6 +259,16 @@ async def test_variants_are_kept_beside_each_other() -> None:
     assert [(await cached.ask(f"Foo: {each}")).content for each in "12121"] == [b"1", b"2", b"1", b"2", b"1"]
     third = await cached.ask("Foo: 3")
     assert third.headers["cache-status"] == "overdrive; fwd=vary-miss; stored"
+
+
+@pytest.mark.parametrize(("dates", "body"), [((0, 0), b"2"), ((-5, -9), b"1"), ((-9, -5), b"2")])
+async def test_of_several_variants_the_latest_is_sent(dates: tuple[float, float], body: bytes) -> None:
+    first, second = (f"Cache-Control: max-age=60\nDate: {date(each)}" for each in dates)
+    cached = Cached(Answer(f"{first}\nVary: A", chunks=(b"1",)), Answer(f"{second}\nVary: B", chunks=(b"2",)))
+    await cached.ask("A: 1")
+    await cached.ask("B: 1")
+    assert (await cached.ask("A: 1\nB: 1")).content == body
+    assert cached.count == 2
 
 
 async def test_there_are_not_more_variants_than_one_can_look_through() -> None:
@@ -489,6 +530,24 @@ async def test_a_revalidation_has_a_client_that_stays_until_it_is_over() -> None
     assert (methods, state) == (["GET", "GET"], {})
 
 
+async def test_who_forbids_storing_revalidates_nothing() -> None:
+    cached = Cached(Answer(SWR))
+    await cached.ask()
+    cached.clock.tick(70)
+    assert (await cached.ask("Cache-Control: no-store")).headers["cache-status"] == "overdrive; hit; ttl=-10"
+    assert not cached.app._refreshing
+
+
+async def test_a_part_of_what_is_stale_revalidates_all_of_it() -> None:
+    cached = Cached(Answer(SWR), Answer(SWR, chunks=(b"new",)))
+    await cached.ask()
+    cached.clock.tick(70)
+    assert (await cached.ask("Range: bytes=0-1")).content == b"bo"
+    await until(lambda: cached.count == 2 and not cached.app._refreshing)
+    assert "range" not in cached.origin.asked[1][1]
+    assert (await cached.ask()).content == b"new"
+
+
 async def test_a_failing_revalidation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     cached = Cached(Answer(SWR), Answer(error=ValueError("no")))
     await cached.ask()
@@ -545,7 +604,7 @@ async def test_concurrent_misses_are_one() -> None:
     "first",
     [
         Answer("Cache-Control: no-store"),
-        Answer(FRESH, chunks=(b"bo", b"dy")),
+        Answer(f"{FRESH}\nContent-Length: 5"),
         Answer(f"{FRESH}\nVary: *"),
         Answer("", 500),
         Answer(error=ValueError("no")),
@@ -767,14 +826,24 @@ async def test_an_app_that_fails_after_its_start_fails_and_stores_nothing() -> N
 
 async def test_messages_are_new_for_each_request() -> None:
     cached = Cached(Answer(FRESH))
-    sent: list[Message] = []
+    counts: list[int] = []
 
     async def send(message: Message) -> None:
-        message.setdefault("headers", []).append((b"x", b"y"))
+        counts.append(len(message.setdefault("headers", [])))
+        message["headers"].append((b"x", b"y"))
         message["body"] = b"changed"
-        sent.append(message)
 
     for _ in range(3):
         await cached.app(scope(), nothing_more, send)
-    assert [len(message["headers"]) for message in sent[2::2]] == [len(sent[2]["headers"])] * 2
+    assert counts[2::2] == [5, 5]
     assert (await cached.ask()).content == b"body"
+
+
+async def test_what_is_stored_of_a_stream_is_what_the_app_sent() -> None:
+    cached = Cached(Answer(FRESH, chunks=(b"bo", b"d", b"y")))
+
+    async def send(message: Message) -> None:
+        message["body"] = b"changed"
+
+    await cached.app(scope(), nothing_more, send)
+    assert ((await cached.ask()).content, cached.count) == (b"body", 1)

@@ -32,7 +32,7 @@ _VARIANTS = 64
 _REMEMBERED = 4096
 
 #: Request headers without which a fresh response is simply sent.
-_ASKING = http.PASSED_ON | http.PRECONDITIONS | {b"cache-control", b"pragma", b"authorization"}
+_ASKING = http.PASSED_ON | http.JUDGED | {b"cache-control", b"pragma"}
 
 
 class CacheMiddleware:
@@ -40,7 +40,8 @@ class CacheMiddleware:
 
     It needs nothing but the app's response headers: Cache-Control (with s-maxage, stale-while-revalidate and
     stale-if-error), Expires, ETag, Last-Modified and Vary. Without any of these, nothing is stored. Concurrent requests
-    for the same that is not stored become one. What is a stream, a part, or sets a cookie passes as it is.
+    for the same that is not stored become one. What is a part, or sets a cookie, passes as it is; so does what is
+    longer than `max_body`, and a body of unknown length is sent on while it comes.
 
     max_bytes: bytes of all stored responses together.
     max_body: bytes above which a body is neither held nor stored.
@@ -102,18 +103,29 @@ class CacheMiddleware:
         return None
 
     async def _answer(
-        self, found: Stored, now: float, method: str, send: Send, said: bytes | None = None, *, unmodified: bool = False
+        self,
+        found: Stored,
+        now: float,
+        method: str,
+        send: Send,
+        *,
+        said: bytes | None = None,
+        asked: Fields | None = None,
     ) -> None:
-        """Send a stored response, with what Cache-Status says of it if it is not a hit."""
-        headers = [*found.headers, (b"age", b"%d" % max(now - found.born, 0))]
-        if not self.hide_status:
-            headers.append((b"cache-status", said or http.status_of_hit(found, now)))
-        status = found.status
-        if unmodified:
-            status, headers = 304, http.headers_of_304(headers)
+        """Send a stored response.
+
+        said: its Cache-Status, if it is not a hit.
+        asked: the request, if it may ask for less than all of it.
+        """
+        status, headers, body = found.status, found.hit(now), found.body
+        if said or self.hide_status:
+            headers.pop()
+        if said and not self.hide_status:
+            headers.append((b"cache-status", said))
+        if asked is not None:
+            status, headers, body = http.selected(asked, found, headers)
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        body = b"" if unmodified or method == "HEAD" else found.body
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
 
     async def _pass(self, target: Target, scope: Scope, receive: Receive, send: Send, reason: bytes) -> None:
         """Let a request through to which no stored response is an answer, and see what it makes wrong."""
@@ -141,26 +153,32 @@ class CacheMiddleware:
 
     async def _serve(self, target: Target, fields: Fields, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET or HEAD that asks for something, or to which there is no fresh response."""
-        wishes = http.asked(fields)
-        if not http.PASSED_ON.isdisjoint(fields) or b"no-store" in wishes:
-            reason = b"request" if b"no-store" in wishes else b"bypass"
-            await self._pass(target, scope, receive, send, reason)
+        method = scope["method"]
+        if not http.PASSED_ON.isdisjoint(fields):
+            await self._pass(target, scope, receive, send, b"bypass")
             return
+        wishes = http.asked(fields)
         found, worth = self._judge(target, fields, wishes)
         reason = self._reason(target, found, worth)
         said = None
-        if worth is Worth.STALE and not wishes and self._is_awaited(target, fields):
-            await self._fills[target][0].wait()
+        leader = self._leader(target, fields)
+        if worth is Worth.STALE and not wishes and leader is not None:
+            await leader.wait()
             found, worth = self._judge(target, fields, wishes)
             said = http.status_of_forward(reason, collapsed=True)
-        if found is not None and worth in (Worth.SERVED, Worth.REVALIDATED):
-            if worth is Worth.REVALIDATED:
+        if found is not None and worth in (Worth.SERVED, Worth.REVALIDATED) and http.has_part(method, fields, found):
+            if worth is Worth.REVALIDATED and b"no-store" not in wishes:
                 self._refresh(target, fields, scope, found)
-            unmodified = http.is_not_modified(fields, found)
-            await self._answer(found, self.clock(), scope["method"], send, said, unmodified=unmodified)
+            await self._answer(found, self.clock(), method, send, said=said, asked=fields)
         elif b"only-if-cached" in wishes:
-            await self._refuse(send)
-        elif scope["method"] == "HEAD":
+            # RFC 9111, section 5.2.1.7.
+            await send({"type": "http.response.start", "status": 504, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+        elif b"range" in fields:
+            await self._pass(target, scope, receive, send, b"bypass")
+        elif b"no-store" in wishes:
+            await self._pass(target, scope, receive, send, b"request")
+        elif method == "HEAD":
             await self._head(target, fields, found, scope, receive, send, reason)
         else:
             await _Fill(self, target, fields, found, reason, send).run(scope, receive)
@@ -175,15 +193,11 @@ class CacheMiddleware:
             return worth.value.encode()
         return b"vary-miss" if self._memory.get(target) else b"uri-miss"
 
-    def _is_awaited(self, target: Target, fields: Fields) -> bool:
-        """Say whether somebody is asking the app for what would probably answer this request too."""
-        return target in self._fills and target not in self._unshared and b"authorization" not in fields
-
-    async def _refuse(self, send: Send) -> None:
-        """Answer `only-if-cached` where nothing is (RFC 9111, section 5.2.1.7)."""
-        message = {"type": "http.response.start", "status": 504, "headers": [(b"content-length", b"0")]}
-        await send(self._marked(message, b"overdrive; detail=only-if-cached"))
-        await send({"type": "http.response.body", "body": b""})
+    def _leader(self, target: Target, fields: Fields) -> _Fill | None:
+        """Return who is asking the app for what would probably answer this request too, if somebody is."""
+        if target not in self._fills or target in self._unshared or b"authorization" in fields:
+            return None
+        return self._fills[target][0]
 
     async def _head(
         self,
@@ -222,7 +236,9 @@ class CacheMiddleware:
         others: tuple[Stored, ...] = ()
         if response.vary:
             others = tuple(other for other in self._memory.get(target) or () if not other.answers(fields))
-        return self._put(target, (response, *others)[:_VARIANTS])
+        # Of several that answer another request, it is the latest that counts (RFC 9111, section 4).
+        latest = sorted((response, *others), key=lambda each: each.dated, reverse=True)
+        return self._put(target, tuple(latest[:_VARIANTS]))
 
     def _drop(self, target: Target, response: Stored) -> bool:
         """Take out one response, and say whether it was there."""
@@ -259,12 +275,12 @@ class CacheMiddleware:
     def _refreshed(self, target: Target, task: asyncio.Task[None]) -> None:
         del self._refreshing[target]
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("revalidating %s failed", target.path, exc_info=error)
+            logger.error("revalidating %s failed", target[2], exc_info=error)
 
 
 def _target(scope: Scope, fields: Fields) -> Target:
     path = scope["path"]
-    return Target(
+    return (
         scope.get("scheme", "http"),
         fields.get(b"host", b"").lower(),
         path,
@@ -279,7 +295,7 @@ class _Phase(Enum):
     AWAITED = 0
     #: Held back, because it may be stored.
     HELD = 1
-    #: Sent on as far as it has come, and stored if that was all.
+    #: Sent on as far as it has come, and stored when it is whole.
     SHOWN = 2
     PASSED = 3
     #: The client has its answer: what else the app sends is for nobody.
@@ -308,11 +324,12 @@ class _Fill:
         self._phase = _Phase.AWAITED
         #: Done once the response is stored, or will not be.
         self._settled = asyncio.get_running_loop().create_future()
-        #: What is held: the start, what it is stored as, and the body so far, with its announced and present length.
+        #: What the app has said so far: the start, what it is to be stored as, and the body, with its announced and
+        #: present length.
         self._start: Message = {}
         self._response: Stored | None = None
-        self._length: int | None = None
         self._chunks: list[bytes] = []
+        self._length: int | None = None
         self._size = 0
 
     async def wait(self) -> None:
@@ -354,9 +371,9 @@ class _Fill:
             await self._cache.app(scope, receive, self._told)
         except Exception as error:
             is_open = self._phase in (_Phase.AWAITED, _Phase.HELD)
-            if found is None or not is_open or not http.serves_errors(found, self._cache.clock()):
+            if found is None or not is_open or not http.serves_errors(found, self._fields, self._cache.clock()):
                 raise
-            logger.error("%s failed, and is answered with a stale response", self._target.path, exc_info=error)
+            logger.error("%s failed, and is answered with a stale response", self._target[2], exc_info=error)
             await self._stand_in(found, 500)
         if self._phase is _Phase.HELD:
             await self._pass_on()
@@ -368,14 +385,14 @@ class _Fill:
         elif self._phase is _Phase.HELD:
             await self._hold(message)
         elif self._phase is _Phase.SHOWN:
-            await self._end(message)
+            await self._show(message)
         elif self._phase in (_Phase.AWAITED, _Phase.PASSED):
             await self._send(message)
 
     async def _begin(self, message: Message) -> None:
         cache, found = self._cache, self._found
         status, headers = message["status"], list(message.get("headers", ()))
-        if found is not None and http.is_error(status) and http.serves_errors(found, cache.clock()):
+        if found is not None and http.is_error(status) and http.serves_errors(found, self._fields, cache.clock()):
             await self._stand_in(found, status)
             return
         if found is not None and status == 304:
@@ -391,38 +408,50 @@ class _Fill:
             self._phase = _Phase.HELD
 
     async def _hold(self, message: Message) -> None:
-        if message["type"] != "http.response.body":
+        if not self._fits(message):
             await self._pass_on()
             await self._send(message)
             return
-        body, more = message.get("body", b""), message.get("more_body", False)
-        self._chunks.append(body)
-        self._size += len(body)
-        limit = self._cache.max_body if self._length is None else self._length
-        is_short = not more and self._length is not None and self._size < self._length
-        if self._size > limit or is_short:
-            await self._pass_on(more_body=more)
-        elif not more:
-            await self._complete(b"".join(self._chunks))
+        self._chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            await self._complete()
         elif self._length is None:
-            # More is a stream, which nobody is kept waiting for; but many an app ends a single chunk with an empty one.
+            # It may be a stream, whose client is not kept waiting for all of it.
             self._phase = _Phase.SHOWN
-            await self._send_held(more_body=True)
+            await self._send_start()
+            await self._send(message)
 
-    async def _end(self, message: Message) -> None:
-        """Store a body of one chunk that an empty one ends."""
-        if message["type"] == "http.response.body" and not (message.get("body") or message.get("more_body")):
-            assert self._response is not None
-            self._phase = _Phase.PASSED
-            self._is_kept(self._response.with_body(b"".join(self._chunks)))
-        else:
+    async def _show(self, message: Message) -> None:
+        if not self._fits(message):
             self._give_up()
+            self._chunks.clear()
+        else:
+            # Not the message, which others may change on its way.
+            self._chunks.append(message.get("body", b""))
+            if not message.get("more_body"):
+                self._phase = _Phase.PASSED
+                self._is_kept(self._whole())
         await self._send(message)
 
-    async def _pass_on(self, *, more_body: bool = True) -> None:
+    def _fits(self, message: Message) -> bool:
+        """Count a message of the body, and say whether it may still become what can be stored."""
+        if message["type"] != "http.response.body":
+            return False
+        self._size += len(message.get("body", b""))
+        if self._length is None:
+            return self._size <= self._cache.max_body
+        return self._size == self._length or (self._size < self._length and message.get("more_body", False))
+
+    def _whole(self) -> Stored:
+        assert self._response is not None
+        return self._response.with_body(b"".join(self._chunks))
+
+    async def _pass_on(self) -> None:
         """Send what was held, which cannot be stored, and let the rest through."""
         self._give_up()
-        await self._send_held(more_body=more_body)
+        await self._send_start()
+        if self._chunks:
+            await self._send({"type": "http.response.body", "body": b"".join(self._chunks), "more_body": True})
 
     def _give_up(self) -> None:
         cache, status = self._cache, self._start["status"]
@@ -434,25 +463,20 @@ class _Fill:
                 cache._drop(self._target, self._found)
         self.settle()
 
-    async def _send_held(self, *, more_body: bool) -> None:
+    async def _send_start(self) -> None:
         await self._send(self._cache._marked(self._start, http.status_of_forward(self._reason)))
-        if self._chunks:
-            body = b"".join(self._chunks)
-            await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
 
-    async def _complete(self, body: bytes) -> None:
+    async def _complete(self) -> None:
         """Store a response, and send it on."""
-        assert self._response is not None
         self._phase = _Phase.ANSWERED
-        cache, response = self._cache, self._response.with_body(body)
+        cache, response = self._cache, self._whole()
         said = http.status_of_forward(self._reason, stored=self._is_kept(response))
         if http.is_not_modified(self._fields, response):
-            await cache._answer(response, cache.clock(), "GET", self._send, said, unmodified=True)
+            await self._answer(response, said)
             return
-        made = response.headers[len(self._response.headers) :]
-        start = {**self._start, "headers": [*self._start.get("headers", ()), *made]}
+        start = {**self._start, "headers": response.completed(self._start.get("headers", ()))}
         await self._send(cache._marked(start, said))
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": response.body})
 
     def _is_kept(self, response: Stored) -> bool:
         # Settled already, it may have been read before a write.
@@ -489,13 +513,13 @@ class _Fill:
         await self._answer(found, http.status_of_forward(self._reason, status=status))
 
     async def _answer(self, response: Stored, said: bytes) -> None:
-        unmodified = http.is_not_modified(self._fields, response)
-        await self._cache._answer(response, self._cache.clock(), "GET", self._send, said, unmodified=unmodified)
+        cache = self._cache
+        await cache._answer(response, cache.clock(), "GET", self._send, said=said, asked=self._fields)
 
 
 def _with_headers(scope: Scope, preconditions: list[Header]) -> Scope:
     """Return a copy of the scope with these preconditions in place of the client's."""
-    return {**scope, "headers": http.without_preconditions(scope["headers"]) + preconditions}
+    return {**scope, "headers": http.without_judged(scope["headers"]) + preconditions}
 
 
 async def _nowhere(message: Message) -> None:

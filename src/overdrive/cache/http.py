@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum
-from typing import NamedTuple
+from typing import TypeAlias
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
-from .conditional import Header, names_tag, opaque, strong_tag
+from .conditional import Header, names_tag, not_modified, opaque, strong_tag
 
 #: Header fields by their names in lower case, with the lines of one name joined (RFC 9110, section 5.3).
 Fields = Mapping[bytes, bytes]
@@ -25,13 +25,11 @@ Directives = Mapping[bytes, bytes | None]
 FOREVER = 2**31
 #: RFC 9110, section 9.2.1, and QUERY of its registry; what is unknown may have changed something.
 SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
-#: Preconditions that are the origin's to judge, and parts (RFC 9111, section 4.3.2; RFC 9110, section 14.2); and
-#: content, which an app may read though a GET's has no meaning (RFC 9110, section 9.3.1).
-PASSED_ON = frozenset(
-    (b"if-match", b"if-unmodified-since", b"if-range", b"range", b"content-length", b"transfer-encoding")
-)
-#: Preconditions a cache may judge, and replaces by its own when it validates (RFC 9111, section 4.3.1).
-PRECONDITIONS = frozenset((b"if-none-match", b"if-modified-since"))
+#: Preconditions that are the origin's to judge (RFC 9111, section 4.3.2); and content, which an app may read though a
+#: GET's has no meaning (RFC 9110, section 9.3.1).
+PASSED_ON = frozenset((b"if-match", b"if-unmodified-since", b"content-length", b"transfer-encoding"))
+#: Preconditions a cache may judge, and replaces by its own when it validates (RFC 9111, section 4.3.1), and parts.
+JUDGED = frozenset((b"if-none-match", b"if-modified-since", b"if-range", b"range"))
 
 #: RFC 9110, section 15.1, without 206, which is never stored.
 _HEURISTIC = frozenset((200, 203, 204, 300, 301, 308, 404, 405, 410, 414, 501))
@@ -43,11 +41,11 @@ _NOT_STORED = frozenset(
     b"age connection keep-alive proxy-authenticate proxy-authentication-info proxy-authorization proxy-connection "
     b"set-cookie te transfer-encoding upgrade".split()
 )
-#: What a 304 carries if the 200 would have (RFC 9110, section 15.4.5), and what is said of every stored response.
-_IN_304 = frozenset(b"age cache-control content-location date etag expires vary last-modified cache-status".split())
 #: Selecting headers whose values are case-insensitive (RFC 9110, section 12.5).
 _CASELESS = frozenset((b"accept", b"accept-charset", b"accept-encoding", b"accept-language"))
 
+#: One range of bytes (RFC 9110, section 14.1.2).
+_RANGE = re.compile(rb"bytes=(?:(?P<first>\d{1,18})-(?P<last>\d{1,18})?|-(?P<length>\d{1,18}))", re.IGNORECASE)
 #: A quoted string, up to the end where it is not closed, so that no text is read twice.
 _QUOTED = rb'"(?:[^"\\]|\\.)*("|\\?\Z)'
 _CLOSINGS = re.compile(_QUOTED, re.DOTALL)
@@ -138,7 +136,7 @@ def http_date(value: bytes | None, now: float) -> float | None:
 # What a response is worth
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
     """A response to a GET, ready to be sent.
 
@@ -152,6 +150,7 @@ class Stored:
     authorized: whether it may answer requests with Authorization (section 3.5).
     vary: the header fields it was selected by, and their values in the request, normalised (section 4.1).
     expires: the moment it stops being fresh.
+    dated: the moment it was made, as its Date says, or came.
     """
 
     status: int
@@ -168,17 +167,37 @@ class Stored:
     authorized: bool
     vary: tuple[tuple[bytes, bytes | None], ...]
     expires: float
+    dated: float
+    #: The age of the last hit, and its headers.
+    _age: int = field(default=-1, init=False)
+    _hit: list[Header] = field(default_factory=list, init=False)
 
     def with_body(self, body: bytes) -> Stored:
         """Return it with its whole body, its length, and a strong entity tag where it is a 200 without any."""
-        headers, tag = list(self.headers), self.tag
-        names = {name.lower() for name, _ in headers}
-        if tag is None and self.status == 200:
-            tag = strong_tag(body)
-            headers.append((b"etag", tag))
+        tag = strong_tag(body) if self.tag is None and self.status == 200 else self.tag
+        response = replace(self, body=body, tag=tag)
+        response.headers = response.completed(self.headers)
+        return response
+
+    def completed(self, headers: Iterable[Header]) -> list[Header]:
+        """Return headers of it with what its body adds to them, once it is whole."""
+        # It is no longer sent in chunks, and the length of these is not both.
+        completed = [(name, value) for name, value in headers if name.lower() != b"transfer-encoding"]
+        names = {name.lower() for name, _ in completed}
+        if b"etag" not in names and self.tag is not None:
+            completed.append((b"etag", self.tag))
         if b"content-length" not in names and self.status not in (204, 205):
-            headers.append((b"content-length", b"%d" % len(body)))
-        return replace(self, headers=headers, body=body, tag=tag)
+            completed.append((b"content-length", b"%d" % len(self.body)))
+        return completed
+
+    def hit(self, now: float) -> list[Header]:
+        """Return the headers it is sent with, Cache-Status the last of them; they change once a second."""
+        # A clock may be set back.
+        age = int(now - self.born) if now > self.born else 0
+        if age != self._age:
+            self._age = age
+            self._hit = [*self.headers, (b"age", b"%d" % age), (b"cache-status", status_of_hit(self, age))]
+        return self._hit.copy()
 
     @property
     def size(self) -> int:
@@ -209,12 +228,15 @@ def normalised(name: bytes, request: Fields) -> bytes | None:
 def may_be_stored(request: Fields, status: int, response: Fields) -> bool:
     """Say whether a GET's response may be stored and used for others (RFC 9111, section 3).
 
-    Never: parts, 304, what sets a cookie, and what varies by everything. That it is worth it is another matter.
+    Never: parts, 304, what sets a cookie, what varies by everything, and a status that is not cacheable by itself where
+    nothing says how long. That it is worth it is another matter.
     """
     control = directives(response.get(b"cache-control"))
     understood = b"must-understand" in control and status in _UNDERSTOOD
+    is_explicit = b"expires" in response or not control.keys().isdisjoint((b"max-age", b"public", b"s-maxage"))
     return not (
         status < 200
+        or (status not in _HEURISTIC and not is_explicit)
         or status in (206, 304)
         or b"content-range" in response
         or b"set-cookie" in response
@@ -250,8 +272,7 @@ def freshness_lifetime(status: int, response: Fields, received: float, *, heuris
     for name in (b"s-maxage", b"max-age"):
         if name in control:
             return delta_seconds(control[name]) or 0
-    dated = http_date(response.get(b"date"), received)
-    dated = received if dated is None else dated
+    dated = _dated(response, received)
     if b"expires" in response:
         expires = http_date(response[b"expires"], received)
         return 0 if expires is None else max(expires - dated, 0)
@@ -261,13 +282,17 @@ def freshness_lifetime(status: int, response: Fields, received: float, *, heuris
     return 0
 
 
+def _dated(response: Fields, received: float) -> float:
+    dated = http_date(response.get(b"date"), received)
+    return received if dated is None else dated
+
+
 def initial_age(response: Fields, requested: float, received: float) -> float:
     """Return a response's age in seconds when it came (RFC 9111, sections 4.2.3 and 5.1).
 
     requested, received: when its request was sent, and when it came.
     """
-    dated = http_date(response.get(b"date"), received)
-    apparent = 0 if dated is None else max(received - dated, 0)
+    apparent = max(received - _dated(response, received), 0)
     # Age has one value; of a list, the first counts, and what is not a number does not.
     said = delta_seconds(response.get(b"age", b"").partition(b",")[0].strip()) or 0
     return max(apparent, said + received - requested)
@@ -318,6 +343,7 @@ def stored(
         authorized=_is_for_the_authorized(control),
         vary=vary,
         expires=born + lifetime,
+        dated=_dated(response, received),
     )
 
 
@@ -376,9 +402,10 @@ def _strict(value: bytes | None) -> int:
     return FOREVER if seconds is None else seconds
 
 
-def serves_errors(response: Stored, now: float) -> bool:
-    """Say whether a stale response stands in for an error (RFC 5861, section 4)."""
-    return now - response.expires < response.error_for
+def serves_errors(response: Stored, request: Fields, now: float) -> bool:
+    """Say whether a stale response stands in for an error, as it or the request allows (RFC 5861, section 4)."""
+    wished = delta_seconds(asked(request).get(b"stale-if-error")) or 0
+    return now - response.expires < max(response.error_for, wished if response.may_be_stale else 0)
 
 
 def is_error(status: int) -> bool:
@@ -400,20 +427,52 @@ def is_not_modified(request: Fields, response: Stored) -> bool:
         tags = request[b"if-none-match"]
         return tags.strip() == b"*" or (response.tag is not None and names_tag(tags, response.tag))
     since = http_date(request.get(b"if-modified-since"), response.born)
-    # Without a date of its change, it is of the date it was made.
+    # Without a date of its change, it is of the date it was made, or came.
     changed = response.last_modified or combine(response.headers).get(b"date")
-    modified = http_date(changed, response.born)
+    modified = http_date(changed, response.born) if changed else response.born
     return since is not None and modified is not None and modified <= since
 
 
-def headers_of_304(headers: Iterable[Header]) -> list[Header]:
-    """Return those of a 200's headers that its 304 has (RFC 9110, section 15.4.5)."""
-    return [(name, value) for name, value in headers if name.lower() in _IN_304]
+def has_part(method: str, request: Fields, response: Stored) -> bool:
+    """Say whether a stored response has what a Range asks for, if there is one; the app may answer any other.
+
+    It has one satisfiable range of a 200, of the version that is named (RFC 9110, sections 13.1.5, 14.1.2 and 14.2).
+    """
+    return b"range" not in request or (method == "GET" and response.status == 200 and bool(part(request, response)))
 
 
-def without_preconditions(headers: Iterable[Header]) -> list[Header]:
+def part(request: Fields, response: Stored) -> range:
+    """Return the bytes of a stored response that its request's Range asks for, none where that is not plain."""
+    found = _RANGE.fullmatch(request[b"range"])
+    version = request.get(b"if-range")
+    is_version = version is None or (version == response.tag and not version.startswith(b"W/"))
+    if found is None or not is_version:
+        return range(0)
+    size = len(response.body)
+    if found["length"]:
+        return range(max(size - int(found["length"]), 0), size)
+    return range(int(found["first"]), min(int(found["last"] or size) + 1, size))
+
+
+def selected(request: Fields, response: Stored, headers: list[Header]) -> tuple[int, list[Header], bytes]:
+    """Return the status, headers and body that answer a request: a 304, a part, or all of a stored response.
+
+    headers: the stored response's, as they are sent.
+    """
+    if is_not_modified(request, response):
+        return 304, not_modified(headers), b""
+    if b"range" not in request:
+        return response.status, headers, response.body
+    asked_for = part(request, response)
+    body = response.body[asked_for.start : asked_for.stop]
+    position = b"bytes %d-%d/%d" % (asked_for.start, asked_for.stop - 1, len(response.body))
+    whole = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return 206, [*whole, (b"content-length", b"%d" % len(body)), (b"content-range", position)], body
+
+
+def without_judged(headers: Iterable[Header]) -> list[Header]:
     """Return a request's headers without what a cache judges itself."""
-    return [(name, value) for name, value in headers if name.lower() not in PRECONDITIONS]
+    return [(name, value) for name, value in headers if name.lower() not in JUDGED]
 
 
 def preconditions(response: Stored) -> list[Header]:
@@ -425,19 +484,14 @@ def preconditions(response: Stored) -> list[Header]:
 def freshened(response: Stored, headers: Iterable[Header]) -> list[Header] | None:
     """Return a stored response's headers, updated by those of a 304 (RFC 9111, sections 3.2 and 4.3.4).
 
-    None where the 304 is of another representation: a strong tag is only its own, a weak one any of its kind.
+    None where the 304 is of another representation: a strong tag is only its own, a weak one any of its kind, and
+    without tags the date of change tells.
     """
     headers = list(headers)
     fields = combine(headers)
-    tag = fields.get(b"etag")
-    if tag is not None and not _is_of(response, tag):
+    if not _is_of(response, fields):
         return None
-    updating = [
-        (name, value)
-        for name, value in _kept(headers, fields)
-        # The body stays, so what tells its length and coding does too.
-        if name.lower() not in (b"content-length", b"content-encoding", b"content-range")
-    ]
+    updating = [(name, value) for name, value in _kept(headers, fields) if name.lower() != b"content-length"]
     # A 304 without a date is of the time it came.
     replaced = {name.lower() for name, _ in updating} | {b"date"}
     if response.etag is None:
@@ -447,9 +501,10 @@ def freshened(response: Stored, headers: Iterable[Header]) -> list[Header] | Non
     return [pair for pair in response.headers if pair[0].lower() not in replaced] + updating + age
 
 
-def _is_of(response: Stored, tag: bytes) -> bool:
-    if response.etag is None:
-        return True
+def _is_of(response: Stored, fields: Fields) -> bool:
+    tag, modified = fields.get(b"etag"), fields.get(b"last-modified")
+    if tag is None or response.etag is None:
+        return modified is None or response.last_modified in (None, modified)
     if tag.startswith(b"W/"):
         return opaque(tag) == opaque(response.etag)
     return tag == response.etag
@@ -470,14 +525,9 @@ def is_confirmed_by_head(response: Stored, status: int, headers: Iterable[Header
 # Invalidation
 
 
-class Target(NamedTuple):
-    """What a request is for. The path is there as the server decoded it, too: an app may look at either."""
-
-    scheme: str
-    host: bytes
-    path: str
-    raw_path: bytes
-    query: bytes
+#: What a request is for: scheme, host, path, raw path and query. The path is there as the server decoded it, too: an
+#: app may look at either.
+Target: TypeAlias = tuple[str, bytes, str, bytes, bytes]
 
 
 def invalidated(target: Target, method: str, status: int, headers: Iterable[Header]) -> list[Target]:
@@ -490,24 +540,25 @@ def invalidated(target: Target, method: str, status: int, headers: Iterable[Head
 
 
 def _of_the_same_origin(target: Target, reference: bytes) -> Target | None:
-    base = f"{target.scheme}://{target.host.decode('latin-1')}{target.raw_path.decode('latin-1')}"
+    scheme, host, _, base_path, _ = target
+    base = f"{scheme}://{host.decode('latin-1')}{base_path.decode('latin-1')}"
     try:
         parts = urlsplit(urljoin(base, reference.decode("latin-1").strip()))
     except ValueError:
         return None
-    if (parts.scheme, parts.netloc.lower().encode("latin-1")) != (target.scheme, target.host):
+    if (parts.scheme, parts.netloc.lower().encode("latin-1")) != (scheme, host):
         return None
     raw_path = (parts.path or "/").encode("latin-1")
     path = unquote_to_bytes(raw_path).decode("utf-8", "replace")
-    return Target(target.scheme, target.host, path, raw_path, parts.query.encode("latin-1"))
+    return scheme, host, path, raw_path, parts.query.encode("latin-1")
 
 
 # Cache-Status (RFC 9211)
 
 
-def status_of_hit(response: Stored, now: float) -> bytes:
+def status_of_hit(response: Stored, age: int) -> bytes:
     """Say that the response came from here, and for how many seconds it is fresh yet (RFC 9211, section 2.4)."""
-    return b"overdrive; hit; ttl=%d" % (response.expires - now)
+    return b"overdrive; hit; ttl=%d" % (response.lifetime - age)
 
 
 def status_of_forward(
