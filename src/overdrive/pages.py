@@ -7,7 +7,7 @@ import ast
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from inspect import isawaitable
 from multiprocessing import current_process
@@ -437,8 +437,11 @@ def _binding(context: RequestContext | None) -> bytes:
     """Bind a cursor to the tenant, the style of the page, and all of the address but the cursor and the size."""
     if context is None:
         return b""
-    parameters = parse_qsl(context.query, keep_blank_values=True)
+    return _digest_of(context.path, context.query, context.page_style, context.tenant)
+
+
+@lru_cache
+def _digest_of(path: str, query: str, style: Style | None, tenant: str | None) -> bytes:
+    parameters = parse_qsl(query, keep_blank_values=True)
     filters = sorted(pair for pair in parameters if pair[0] not in ("cursor", "size"))
-    return blake2b(
-        msgspec.msgpack.encode((context.path, context.page_style, filters, context.tenant)), digest_size=16
-    ).digest()
+    return blake2b(msgspec.msgpack.encode((path, style, filters, tenant)), digest_size=16).digest()

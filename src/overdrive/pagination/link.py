@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from urllib.parse import parse_qsl, quote, urlencode
 
 from .page import CursorParams, Found, PageParams
@@ -23,9 +24,7 @@ def link_header(path: str, query: str, found: Found, max_offset: int) -> str:
     else:
         moved = "offset"
         places = ((rel, str(offset)) for rel, offset in _by_offset(found, max_offset))
-    # Latin-1 gives every byte back as it was.
-    pairs = parse_qsl(query, keep_blank_values=True, encoding="latin-1")
-    kept = urlencode([pair for pair in pairs if pair[0] != moved], encoding="latin-1")
+    kept = _without(query, moved)
     path, begin = quote(path), "&" if kept else ""
     links = []
     for rel, place in places:
@@ -33,6 +32,14 @@ def link_header(path: str, query: str, found: Found, max_offset: int) -> str:
         parameters = f"{kept}{begin}{moved}={place}" if place else kept
         links.append(f'<{path}{"?" if parameters else ""}{parameters}>; rel="{rel}"')
     return ", ".join(links)
+
+
+@lru_cache
+def _without(query: str, name: str) -> str:
+    """Return the query string without one parameter."""
+    # Latin-1 gives every byte back as it was.
+    pairs = parse_qsl(query, keep_blank_values=True, encoding="latin-1")
+    return urlencode([pair for pair in pairs if pair[0] != name], encoding="latin-1")
 
 
 def _by_cursor(found: Found) -> Iterator[tuple[str, str]]:

@@ -22,9 +22,6 @@ from .statement import Facts, facts_of
 Processor = Callable[[Any], Any]
 Rows = list[Sequence[Any]]
 
-_EVENTS = ("engine_connect", "begin", "rollback", "before_execute", "after_execute")
-_OBSERVED_EVENTS = ("before_cursor_execute", "after_cursor_execute")
-
 
 @dataclass(slots=True)
 class Direct:
@@ -63,8 +60,14 @@ def _is_ours_alone(engine: Engine) -> bool:
         engine.dialect.driver == "asyncpg"
         and observation is not None
         and observation.reads_need_no_transaction(engine.get_execution_options())
-        and not any(getattr(dispatch, name) for name in _EVENTS)
-        and all(len(getattr(dispatch, name)) == 1 for name in _OBSERVED_EVENTS)
+        and not dispatch.engine_connect
+        and not dispatch.begin
+        and not dispatch.rollback
+        and not dispatch.before_execute
+        and not dispatch.after_execute
+        # Ours.
+        and len(dispatch.before_cursor_execute) == 1
+        and len(dispatch.after_cursor_execute) == 1
         and not engine.dialect.dispatch.do_execute
         and not engine.get_execution_options()
         and not engine._should_log_info()

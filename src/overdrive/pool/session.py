@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -325,21 +326,26 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
     return hasattr(type(session).execute, "__deprecated__")
 
 
-_SESSION_EVENTS = ("before_commit", "after_commit", "after_rollback", "after_soft_rollback", "after_transaction_end")
-
-
 def _is_untouched(session: AsyncSession) -> bool:
     """Say whether a session has not begun yet, and nobody but us would learn that it had."""
     sync_session = session.sync_session
-    dispatch = sync_session.dispatch
+    heard = sync_session.dispatch
     return (
         not sync_session.in_transaction()
         and sync_session.autobegin
         and _ENDED not in sync_session.info
-        and set(dispatch.after_begin) <= {_note_connection}
-        and set(dispatch.after_transaction_create) <= {_refuse_after_end}
-        and not any(getattr(dispatch, name) for name in _SESSION_EVENTS)
+        and _are_ours(heard.after_begin, _note_connection)
+        and _are_ours(heard.after_transaction_create, _refuse_after_end)
+        and not heard.before_commit
+        and not heard.after_commit
+        and not heard.after_rollback
+        and not heard.after_soft_rollback
+        and not heard.after_transaction_end
     )
+
+
+def _are_ours(listeners: Iterable[Any], ours: Callable[..., None]) -> bool:
+    return all(each is ours for each in listeners)
 
 
 def adds_nothing(session: Session, class_: type) -> bool:
@@ -348,14 +354,21 @@ def adds_nothing(session: Session, class_: type) -> bool:
     It is more where the session's class or its listeners take part, where it has options, where changes wait to be
     flushed, and where it holds instances of the class, whose attributes it would not read again.
     """
-    kind = type(session)
     return (
-        kind.get_bind is Session.get_bind
-        and inspect.unwrap(kind.execute) is Session.execute
+        _is_ordinary(type(session))
         and not session.dispatch.do_orm_execute
         and not getattr(session, "execution_options", None)
         and not session.new
-        and not session.dirty
         and not session.deleted
-        and not any(issubclass(key[0], class_) for key in session.identity_map.keys())  # noqa: SIM118 - not a dict
+        # What is dirty is held.
+        and (not (held := session.identity_map.keys()) or _holds_nothing_of(session, held, class_))
     )
+
+
+@functools.cache
+def _is_ordinary(kind: Any) -> bool:
+    return kind.get_bind is Session.get_bind and inspect.unwrap(kind.execute) is Session.execute
+
+
+def _holds_nothing_of(session: Session, held: Iterable[Any], class_: type) -> bool:
+    return not session.dirty and not any(issubclass(key[0], class_) for key in held)
