@@ -12,6 +12,7 @@ from pathlib import Path
 
 from redis import Redis
 from redis.crc import key_slot
+from redis.exceptions import RedisError
 
 from overdrive.demo import servers
 
@@ -67,27 +68,56 @@ class RedisCluster:
         self.wait(lambda: all(self._is_whole(node) for node in self.nodes))
 
     def _is_whole(self, node: Redis) -> bool:
-        info = node.execute_command("CLUSTER INFO")
-        served = {(slot, port) for first, last, (_, port, *_), *_ in self._slots(node) for slot in (first, last)}
-        state = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
-        return state["cluster_state"] == "ok" and {port for _, port in served} == set(self.ports)
-
-    def _slots(self, node: Redis) -> list[list[object]]:
-        node.response_callbacks.pop("CLUSTER SLOTS", None)
-        return node.execute_command("CLUSTER SLOTS")
+        served = {port for _, _, (_, port, *_), *_ in node.execute_command("CLUSTER SLOTS")}
+        return node.execute_command("CLUSTER INFO")["cluster_state"] == "ok" and served == set(self.ports[:3])
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        for _ in range(1500):
-            with suppress(Exception):
+        for _ in range(500):
+            with suppress(RedisError):
                 if condition():
                     return
             time.sleep(0.02)
         raise AssertionError("the cluster did not come to that")
 
+    def add_replica(self, node: int) -> int:
+        """Start a replica of a node, and return its number."""
+        number, identity = len(self.nodes), self.identity(node)
+        self.ports.append(_free_port())
+        self.nodes.append(Redis(port=self.ports[number]))
+        self._running.append(ExitStack())
+        self.start(number)
+        replica = self.nodes[number]
+        replica.execute_command("CLUSTER MEET", "127.0.0.1", self.ports[0])
+        self.wait(lambda: bool(replica.execute_command("CLUSTER REPLICATE", identity)))
+        self.wait(lambda: self._is_whole(replica) and replica.info("replication")["master_link_status"] == "up")
+        self.agree()
+        return number
+
+    def take_over(self, replica: int, node: int) -> None:
+        """Make a replica the master of its dead master's slots, and wait until the others know."""
+        self.nodes[replica].execute_command("CLUSTER FAILOVER", "TAKEOVER")
+        port = self.ports[replica]
+        others = [each for number, each in enumerate(self.nodes) if number != node]
+        self.wait(
+            lambda: all(
+                any(master[1] == port for _, _, master, *_ in other.execute_command("CLUSTER SLOTS"))
+                for other in others
+            )
+        )
+
     def identity(self, node: int) -> str:
         return self.nodes[node].execute_command("CLUSTER MYID").decode()
 
+    def agree(self) -> None:
+        """Wait until all nodes have heard of the last move: the next one would be decided by chance."""
+        self.wait(lambda: len({self._view(node) for node in self.nodes}) == 1)
+
+    def _view(self, node: Redis) -> frozenset[tuple[object, ...]]:
+        known = node.execute_command("CLUSTER NODES").values()
+        return frozenset((each["node_id"], each["epoch"], str(each["slots"])) for each in known)
+
     def begin_to_move(self, slot: int, source: int, target: int) -> None:
+        self.agree()
         self.nodes[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", self.identity(source))
         self.nodes[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", self.identity(target))
 
@@ -106,6 +136,7 @@ class RedisCluster:
         self.hand_over(slot, source, target)
 
     def flush(self) -> None:
+        self.agree()
         for node in self.nodes:
             node.flushall()
 

@@ -68,11 +68,6 @@ def slots_of(reply: Iterable[Any], asked: str) -> list[Node | None]:
     return slots
 
 
-def _redirected(where: str, asked: str) -> Node:
-    host, _, port = where.rpartition(":")
-    return host or asked, int(port)
-
-
 class ClusterStore(RedisStore):
     """A store that all workers share, over the nodes of a Redis Cluster.
 
@@ -194,27 +189,26 @@ class Cluster:
         """Send one command to the node that serves its first key, and return the reply."""
         key = command[3] if command[0] in ("EVAL", "EVALSHA") else command[1]
         slot = key_slot(str(key).encode())
-        try:
-            return await self._sent(slot, lambda link: link.ask(*command, patient=patient), patient=patient)
-        except Asked as asked:
-            link = self._link(asked.node)
+
+        async def send(link: NodeLink) -> Any:
+            try:
+                return await link.ask(*command, patient=patient)
+            except StoreUnavailable as error:
+                other = self._link(_redirected(error, "ASK", link))
             # Both are sent before anything else can be: ASKING holds for the one command that follows it.
-            _, reply = await asyncio.gather(link.ask("ASKING"), link.ask(*command, patient=patient))
-            return reply
+            return (await asyncio.gather(other.ask("ASKING"), other.ask(*command, patient=patient)))[1]
+
+        return await self._sent(slot, send, patient=patient)
 
     async def _sent(self, slot: int, send: Callable[[NodeLink], Awaitable[T]], *, patient: bool) -> T:
         link = await self._serving(slot, patient)
         try:
             return await send(link)
         except StoreUnavailable as error:
-            match str(error).split():
-                case ["MOVED", _, where]:
-                    if self._slots is not None:
-                        self._slots[slot] = _redirected(where, link.host)
-                    return await send(await self._serving(slot, patient))
-                case ["ASK", _, where]:
-                    raise Asked(str(error), _redirected(where, link.host)) from None
-            raise
+            node = _redirected(error, "MOVED", link)
+            if self._slots is not None:
+                self._slots[slot] = node
+        return await send(await self._serving(slot, patient))
 
     async def _serving(self, slot: int, patient: bool) -> NodeLink:
         """Return the link to the node that serves a slot, once the clock's can be trusted."""
@@ -222,7 +216,8 @@ class Cluster:
             await asyncio.wait([self._learning or self._learn()], timeout=_patience(patient))
             if not self._is_ready():
                 raise StoreUnavailable(self._why)
-        return self._keeper(slot)
+        assert self._slots is not None
+        return self._keeper(self._slots, slot)
 
     def _is_ready(self) -> bool:
         if self._slots is None or self._trusted is None:
@@ -230,10 +225,10 @@ class Cluster:
         clock = self._slots[self._clock_slot]
         return clock is not None and self._link(clock).connection is self._trusted
 
-    def _keeper(self, slot: int) -> NodeLink:
-        node = self._slots[slot] if self._slots is not None else None
+    def _keeper(self, slots: list[Node | None], slot: int) -> NodeLink:
+        node = slots[slot]
         if node is None:
-            raise StoreUnavailable("no node of the cluster serves this slot")
+            raise StoreUnavailable(f"no node of the cluster serves slot {slot}")
         return self._link(node)
 
     def _link(self, node: Node) -> NodeLink:
@@ -256,9 +251,7 @@ class Cluster:
     async def _try_to_learn(self) -> None:
         try:
             slots = self._slots or await self._ask_for_slots()
-            self._slots = slots
-            clock = self._keeper(self._clock_slot)
-            await clock.ask(*self._store.compare_history())
+            clock = await self._clock_with_its_history(slots)
             # Who found a node to be away meanwhile has no newer map than this one.
             self._slots, self._trusted = slots, clock.connection
         except StoreUnavailable as error:
@@ -266,6 +259,17 @@ class Cluster:
             self._retry_at = self._loop.time() + redis._FIRST_PAUSE
         finally:
             self._learning = None
+
+    async def _clock_with_its_history(self, slots: list[Node | None]) -> NodeLink:
+        link = self._keeper(slots, self._clock_slot)
+        try:
+            await link.ask(*self._store.compare_history())
+        except StoreUnavailable as error:
+            # Who gave us the map may not have heard of a move yet.
+            slots[self._clock_slot] = _redirected(error, "MOVED", link)
+            link = self._keeper(slots, self._clock_slot)
+            await link.ask(*self._store.compare_history())
+        return link
 
     async def _ask_for_slots(self) -> list[Node | None]:
         """Ask the nodes for their map, one after the other until one answers, first those that are connected."""
@@ -285,14 +289,6 @@ class Cluster:
             await asyncio.wait([self._learning])
         for link in self._links.values():
             await link.aclose()
-
-
-class Asked(StoreUnavailable):
-    """A key is being moved, and another node is to be asked, this once."""
-
-    def __init__(self, why: str, node: Node) -> None:
-        super().__init__(why)
-        self.node = node
 
 
 def _patience(patient: bool) -> float:
@@ -330,3 +326,12 @@ class NodeLink(Link):
     def _open(self, why: str) -> None:
         super()._open(why)
         self._cluster.forget()
+
+
+def _redirected(error: StoreUnavailable, how: str, link: NodeLink) -> Node:
+    """Return the node that a MOVED or an ASK names; raise any other error again."""
+    match str(error).split():
+        case [said, _, where] if said == how:
+            host, _, port = where.rpartition(":")
+            return host or link.host, int(port)
+    raise error
