@@ -144,7 +144,7 @@ class Cluster:
         self._loop = loop
         self._clock_slot = key_slot(store.clock.encode())
         self._links: dict[Node, NodeLink] = {}
-        self._seed = self._link(seed)
+        self._link(seed)
         #: The node of each slot; None until they are learnt, and when a node was found to be away.
         self._slots: list[Node | None] | None = None
         #: The connection on which the clock's history was compared: what another one would read is not trusted.
