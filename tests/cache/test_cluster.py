@@ -276,7 +276,8 @@ async def test_a_node_that_says_nothing_is_not_waited_for(
         trips = store.trips
         if silent:
             for sent in (4, 3):
-                found = await asyncio.gather(*(store.load(key, "fingerprint") for key in keys))
+                looking = (store.load(key, "fingerprint") for key in keys)
+                found = await asyncio.wait_for(asyncio.gather(*looking), 20)
                 assert [each.entry is not None for each in found] == [True, False, True]
                 # Its entries are not even asked for any more.
                 trips += sent
