@@ -200,9 +200,9 @@ def _cache(settings: Settings, enabled: bool | None) -> Cache:
     if settings.redis_url is None:
         store = MemoryStore(options.max_bytes)
     else:
-        from .cache.redis import RedisStore
+        from .cache.cluster import store_at
 
-        store = RedisStore(settings.redis_url, options.prefix)
+        store = store_at(settings.redis_url, options.prefix)
     if enabled is None:
         enabled = options.enabled
     if enabled is None:

@@ -231,9 +231,9 @@ async def _prepare(settings: Settings, users: int) -> None:
 
 
 async def _begin_cache(url: str, prefix: str) -> None:
-    from .cache.redis import RedisStore
+    from .cache.cluster import store_at
 
-    store = RedisStore(url, prefix)
+    store = store_at(url, prefix)
     try:
         await store.ping()
         # What it still holds may have been read from another database.

@@ -118,7 +118,8 @@ class Settings(BaseSettings):
     """Everything Overdrive can be told.
 
     database_url: where the database is. `postgresql://` and `sqlite://` get their async driver.
-    redis_url: where the cache is shared; left out, it lives in the process.
+    redis_url: where the cache is shared; left out, it lives in the process. `redis://host:6379/0`, `rediss://` with
+        TLS, `unix://`; `redis+cluster://host:6379` or `rediss+cluster://` names any node of a Redis Cluster.
     """
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=_PREFIX, env_nested_delimiter=_NESTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
+from cache.cluster import RedisCluster, redis_cluster
 from cache.service import Service, serve
 
 
@@ -14,6 +15,20 @@ def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.module.__name__.rpartition(".")[2] != "test_store_away":
         monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 5.0)
         monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 10.0)
+
+
+@pytest.fixture(scope="session")
+def cluster_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A Redis Cluster for the whole run."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(cluster_servers: RedisCluster) -> RedisCluster:
+    """An empty Redis Cluster for one test."""
+    cluster_servers.flush()
+    return cluster_servers
 
 
 @pytest.fixture(params=["memory", "redis"])

@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 
 from overdrive import ConfigurationError
 from overdrive.cache.cache import Cache
+from overdrive.cache.cluster import store_at
 from overdrive.cache.entry import FORMAT, Entry
 from overdrive.cache.redis import RedisStore
 from overdrive.cache.store import MemoryStore, Store, StoreUnavailable
@@ -30,9 +31,20 @@ pytestmark = pytest.mark.anyio
 OTHERS = "default/others"
 
 
+@pytest.fixture(params=["memory", "redis", "cluster"])
+def store_url(request: pytest.FixtureRequest) -> str | None:
+    match request.param:
+        case "redis":
+            url: str = request.getfixturevalue("redis_url")
+            return url
+        case "cluster":
+            return request.getfixturevalue("cluster").url
+    return None
+
+
 @pytest.fixture
 async def store(store_url: str | None) -> AsyncIterator[Store]:
-    store = RedisStore(store_url, "test") if store_url else MemoryStore()
+    store = store_at(store_url, "test") if store_url else MemoryStore()
     yield store
     await store.aclose()
 

@@ -20,7 +20,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from overdrive.errors import ConfigurationError
 
@@ -30,6 +30,7 @@ from .store import Found, StoreUnavailable
 try:
     from hiredis import ProtocolError, Reader, ReplyError, pack_command
     from redis.asyncio import ConnectionPool, SSLConnection, UnixDomainSocketConnection
+    from redis.crc import key_slot as key_slot
     from redis.exceptions import RedisError
 except ImportError:
     raise ConfigurationError("redis_url needs redis-py, which is missing: pip install 'overdrive[redis]'") from None
@@ -58,6 +59,10 @@ _WRITE_REFUSALS = {
     "READONLY": "Redis is a read-only replica and cannot be told of writes: redis_url must name the primary",
     "MISCONF": "Redis refuses writes since it cannot save to its disk: see its log",
 }
+
+#: What only the nodes of a cluster say.
+_REDIRECTIONS = ("MOVED", "ASK", "CROSSSLOT")
+_IS_CLUSTER = "it is a cluster: redis_url must begin with redis+cluster://, or rediss+cluster:// with TLS"
 
 
 class _Script:
@@ -109,10 +114,23 @@ _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request wait
 _NOT_ALL = object()
 
 
+class Route(Protocol):
+    """From one event loop to Redis: to one server, or to several that share the keys."""
+
+    async def read(self, names: Collection[str]) -> Answer:
+        """Return the clock and what lies under `names`."""
+
+    async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
+        """Send one command, and return the reply to it."""
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+
+
 class RedisStore:
     """A store that all workers share.
 
-    url: where Redis is: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
+    url: where Redis is: `redis://`, `rediss://` or `unix://`, as redis-py reads it. A cluster is `ClusterStore`'s.
     prefix: what every key starts with.
 
     Raises `ConfigurationError` for a URL that cannot be read.
@@ -124,13 +142,14 @@ class RedisStore:
         self._clock = f"{prefix}:clock"
         self._seen: Instant | None = None
         try:
-            self._address = _Address(url)
+            self._address = Address(url)
         except (ValueError, TypeError, RedisError) as error:
             raise ConfigurationError(
-                f"the Redis URL cannot be read: {error}; it looks like redis://host:6379/0"
+                f"the Redis URL cannot be read: {error}; it looks like redis://host:6379/0, "
+                "or redis+cluster://host:6379 where it names a cluster"
             ) from None
         # Connections belong to the loop they were opened on; scripts and tests have several.
-        self._links: dict[asyncio.AbstractEventLoop, _Link] = {}
+        self._routes: dict[asyncio.AbstractEventLoop, Route] = {}
         #: For each key the tags of its entry as it was last seen, with their names in Redis.
         self._tags: OrderedDict[str, dict[str, str]] = OrderedDict()
         #: Commands that were sent, and look-ups they answered.
@@ -155,14 +174,24 @@ class RedisStore:
                     f"Redis at {where} refuses the user of redis_url: correct the user name and password there, "
                     f"or what Redis' ACL permits ({why})"
                 ) from None
+            if _code(why) in _REDIRECTIONS:
+                raise ConfigurationError(f"Redis at {where} cannot be used: {_IS_CLUSTER}") from None
             raise ConfigurationError(f"Redis at {where} cannot be reached: {why}") from None
 
     async def _visit(self) -> None:
-        """Do what look-ups and announcements do, on a connection of its own and whether the breaker is open or not."""
-        connection = await self._address.connect(self._link())
+        """Do what look-ups and announcements do."""
+        # A node of a cluster may serve one name, but not two that lie in different slots.
+        look_up = ("MGET", self._clock, f"{self._prefix}:entry:")
+        await self._demand(self._address, look_up, self._beginning())
+
+    def _beginning(self) -> tuple[str | int, ...]:
+        return "EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8)
+
+    async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
+        """Send commands on a connection of their own, whether the breaker is open or not."""
+        connection = await address.connect(Link(self, asyncio.get_running_loop(), address, self._clock))
         try:
-            begin = ("EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8))
-            await connection.demand(("MGET", self._clock), begin)
+            return await connection.demand(*commands)
         finally:
             connection.close("closed")
             await connection.closed
@@ -194,7 +223,7 @@ class RedisStore:
                 entry = None
         return Found(entry, answer.instant, versions)
 
-    def _entry(self, answer: _Answer, name: str, fingerprint: str) -> Entry | None:
+    def _entry(self, answer: Answer, name: str, fingerprint: str) -> Entry | None:
         data = answer.values[name]
         if data is None:
             return None
@@ -255,10 +284,10 @@ class RedisStore:
         await self._link().ask("SET", self._clock, f"{secrets.token_hex(8)} 0")
 
     async def aclose(self) -> None:
-        """Close this loop's connection."""
-        link = self._links.pop(asyncio.get_running_loop(), None)
-        if link is not None:
-            await link.aclose()
+        """Close this loop's connections."""
+        route = self._routes.pop(asyncio.get_running_loop(), None)
+        if route is not None:
+            await route.aclose()
 
     async def _run(self, script: _Script, tags: Collection[str], *, patient: bool) -> Any:
         names = (self._clock, *self._names(tags).values())
@@ -271,15 +300,18 @@ class RedisStore:
                 raise
         return await link.ask("EVAL", script.text, *arguments, patient=patient)
 
-    def _link(self) -> _Link:
+    def _link(self) -> Route:
         loop = asyncio.get_running_loop()
-        link = self._links.get(loop)
-        if link is None:
-            link = self._links[loop] = _Link(self, loop, self._address, self._clock)
-        return link
+        route = self._routes.get(loop)
+        if route is None:
+            route = self._routes[loop] = self._new_route(loop)
+        return route
+
+    def _new_route(self, loop: asyncio.AbstractEventLoop) -> Route:
+        return Link(self, loop, self._address, self._clock)
 
 
-class _Answer:
+class Answer:
     """What Redis held at one moment, under the names the look-ups of one tick asked for.
 
     instant: the clock; None where there is none.
@@ -307,14 +339,17 @@ class _Answer:
         return stamps
 
 
-class _Link:
+class Link:
     """From one event loop to Redis: the connection, what the present tick asks for, and the circuit breaker.
 
     The breaker is closed while Redis answers. A failure opens it, and every call fails at once. The first call
     after a pause has one attempt to connect made, which it does not wait for; its success closes the breaker.
     """
 
-    def __init__(self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: _Address, clock: str) -> None:
+    #: The refusals that say nothing of how Redis is.
+    _harmless: Collection[str] = ("NOSCRIPT",)
+
+    def __init__(self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: Address, clock: str) -> None:
         self._store = store
         self._loop = loop
         self._address = address
@@ -324,7 +359,7 @@ class _Link:
         self._connecting_since = 0.0
         #: What the present tick asks for, and who does.
         self._names: dict[str, None] = {}
-        self._readers: list[asyncio.Future[_Answer]] = []
+        self._readers: list[asyncio.Future[Answer]] = []
         # The breaker. Without a time to retry at, it is closed.
         self._retry_at: float | None = None
         self._pause = _FIRST_PAUSE
@@ -332,7 +367,7 @@ class _Link:
         self._why = ""
         self._warned: dict[str, float] = {}
 
-    async def read(self, names: Collection[str]) -> _Answer:
+    async def read(self, names: Collection[str]) -> Answer:
         """Return the clock and what lies under `names`, asked for together with what others ask for in this tick."""
         connection = self._connection or await self._connected()
         if connection.late:
@@ -340,7 +375,7 @@ class _Link:
         if not self._readers:
             self._loop.call_soon(self._send_reads)
         self._names.update(dict.fromkeys(names))
-        reader: asyncio.Future[_Answer] = self._loop.create_future()
+        reader: asyncio.Future[Answer] = self._loop.create_future()
         self._readers.append(reader)
         return await reader
 
@@ -354,7 +389,7 @@ class _Link:
             self._store.trips += 1
             self._connection.send(("MGET", self._clock, *names), deliver, patient=False)
 
-    def _deliver(self, readers: list[asyncio.Future[_Answer]], names: list[str], reply: Any) -> None:
+    def _deliver(self, readers: list[asyncio.Future[Answer]], names: list[str], reply: Any) -> None:
         error = self._error(reply)
         waiting = [reader for reader in readers if not reader.done()]
         if error is not None:
@@ -362,13 +397,15 @@ class _Link:
                 reader.set_exception(StoreUnavailable(str(error)))
             return
         self._store.batched += len(waiting)
-        answer = _Answer(reply[0], dict(zip(names, reply[1:], strict=True)))
+        answer = Answer(reply[0], dict(zip(names, reply[1:], strict=True)))
         for reader in waiting:
             reader.set_result(answer)
 
     async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
         """Send one command, and return the reply to it."""
         connection = self._connection or await self._connected()
+        if connection.late and not patient:
+            raise StoreUnavailable(_LATE)
         self._store.trips += 1
         reply = await connection.ask(*command, patient=patient)
         error = self._error(reply)
@@ -385,10 +422,10 @@ class _Link:
         code = _code(str(error))
         if code in _WRITE_REFUSALS:
             self._warn(_WRITE_REFUSALS[code])
-        elif code != "NOSCRIPT" and self._connection is not None:
+        elif code not in self._harmless and self._connection is not None:
             connection, self._connection = self._connection, None
             connection.close(str(error))
-            self._open(str(error))
+            self._open(_IS_CLUSTER if code in _REDIRECTIONS else str(error))
         return error
 
     def fell_behind(self) -> None:
@@ -447,7 +484,9 @@ class _Link:
             if now - self._closed_at > _LONGEST_PAUSE:
                 self._pause = _FIRST_PAUSE
             self._store.opened += 1
-            logger.warning("the cache's store does not answer and is left alone until it does: %s", why)
+            logger.warning(
+                "the cache's store at %s does not answer and is left alone until it does: %s", self._address.where, why
+            )
         self._why = why
         self._retry_at = now + self._pause * random.uniform(0.5, 1)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -456,7 +495,7 @@ class _Link:
         if self._retry_at is not None:
             self._retry_at = None
             self._closed_at = self._loop.time()
-            logger.info("the cache's store answers again")
+            logger.info("the cache's store at %s answers again", self._address.where)
 
     async def aclose(self) -> None:
         """Close the connection, or give up connecting."""
@@ -487,7 +526,7 @@ class _Connection(asyncio.Protocol):
     link: told when Redis is late, and when the socket is gone.
     """
 
-    def __init__(self, link: _Link) -> None:
+    def __init__(self, link: Link) -> None:
         self._loop = asyncio.get_running_loop()
         self._link = link
         self._reader = Reader(notEnoughData=_NOT_ALL)
@@ -505,11 +544,13 @@ class _Connection(asyncio.Protocol):
         self.send(command, partial(_settle, future), patient=patient)
         return future
 
-    async def demand(self, *commands: tuple[str | int, ...]) -> None:
-        """Send commands together, and raise `StoreUnavailable` if one of them is refused."""
-        for reply in [self.ask(*command) for command in commands]:
-            if isinstance(error := await reply, ReplyError | StoreUnavailable):
-                raise StoreUnavailable(str(error))
+    async def demand(self, *commands: tuple[str | int, ...]) -> list[Any]:
+        """Send commands together and return the replies; raise `StoreUnavailable` if one of them is a refusal."""
+        replies = [await reply for reply in [self.ask(*command) for command in commands]]
+        for reply in replies:
+            if isinstance(reply, ReplyError | StoreUnavailable):
+                raise StoreUnavailable(str(reply))
+        return replies
 
     def send(self, command: tuple[str | int | bytes, ...], deliver: Callable[[Any], None], *, patient: bool) -> None:
         """Send a command."""
@@ -581,12 +622,18 @@ def _settle(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
-class _Address:
-    """Where a URL says that Redis is, and what is said to it first."""
+class Address:
+    """Where a URL says that Redis is, and what is said to it first.
+
+    where: the URL, without what is secret in it.
+    database: its number, 0 or None for the first.
+    """
 
     def __init__(self, url: str) -> None:
+        self.where = _without_secrets(url)
         pool: Any = ConnectionPool.from_url(url)
         self._parts = parts = pool.make_connection()
+        self.database = parts.db
         self._greeting: list[tuple[str | int, ...]] = []
         if parts.username or parts.password:
             self._greeting.append(("AUTH", *([parts.username] if parts.username else ()), parts.password or ""))
@@ -597,7 +644,7 @@ class _Address:
         # Refused by a server that is still loading, and by one that does not know us.
         self._greeting.append(("PING",))
 
-    async def connect(self, link: _Link) -> _Connection:
+    async def connect(self, link: Link) -> _Connection:
         """Open a connection, log in and choose the database."""
         connection = await self._socket(partial(_Connection, link))
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -354,8 +353,10 @@ def adds_nothing(session: Session, class_: type) -> bool:
     It is more where the session's class or its listeners take part, where it has options, where changes wait to be
     flushed, and where it holds instances of the class, whose attributes it would not read again.
     """
+    kind = type(session)
     return (
-        _is_ordinary(type(session))
+        kind.get_bind is Session.get_bind
+        and (kind.execute is Session.execute or inspect.unwrap(kind.execute) is Session.execute)
         and not session.dispatch.do_orm_execute
         and not getattr(session, "execution_options", None)
         and not session.new
@@ -363,11 +364,6 @@ def adds_nothing(session: Session, class_: type) -> bool:
         # What is dirty is held.
         and (not (held := session.identity_map.keys()) or _holds_nothing_of(session, held, class_))
     )
-
-
-@functools.cache
-def _is_ordinary(kind: Any) -> bool:
-    return kind.get_bind is Session.get_bind and inspect.unwrap(kind.execute) is Session.execute
 
 
 def _holds_nothing_of(session: Session, held: Iterable[Any], class_: type) -> bool:
