@@ -1,7 +1,7 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
-`tag:*` (the write a tag was last named by) and `entry:*`.
+`tag:*` (the write a tag was last named by), `entry:*`, and `lease:*` (who is making an entry).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
@@ -25,7 +25,7 @@ from typing import Any, cast
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
-from .store import Found, StoreUnavailable
+from .store import NOBODY_WAITS, Claim, Found, StoreUnavailable
 
 try:
     from hiredis import ProtocolError, Reader, ReplyError, pack_command
@@ -103,6 +103,30 @@ for i = 2, #KEYS do
 end
 """)
 
+#: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held.
+_LEASE = 1000
+_RENEWAL = 0.3
+
+# KEYS: leases...  ARGV: milliseconds, the token of each.
+_RENEW = """
+for i = 1, #KEYS do
+    if redis.call('GET', KEYS[i]) == ARGV[i + 1] then
+        redis.call('PEXPIRE', KEYS[i], ARGV[1])
+    end
+end
+"""
+
+# KEYS: a lease.  ARGV: its token, milliseconds, and what it is to say for so long, if anything.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+    if ARGV[3] == '' then
+        redis.call('DEL', KEYS[1])
+    else
+        redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
+    end
+end
+"""
+
 _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
 #: What the parser says of a reply that has not arrived as a whole.
@@ -176,8 +200,35 @@ class RedisStore:
 
     async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
-        name, tags = f"{self._prefix}:entry:{key}", self._tags.get(key, {})
-        answer = await self._link().read((name, *tags.values()))
+        name = f"{self._prefix}:entry:{key}"
+        return await self._found(key, fingerprint, name, await self._link().read((name, *self._tags_of(key))))
+
+    async def claim(self, key: str, fingerprint: str, token: str) -> Claim:
+        """Take a lease and look the entry up, in one round trip."""
+        link, name, lease = self._link(), f"{self._prefix}:entry:{key}", self._lease(key)
+        if token:
+            link.post("SET", lease, token, "NX", "PX", _LEASE)
+        answer = await link.read((name, lease, *self._tags_of(key)))
+        holder = (answer.values[lease] or b"").decode()
+        if token and not holder:
+            raise StoreUnavailable("Redis keeps no lease")
+        if token and holder == token:
+            link.hold(lease, token)
+        return Claim(await self._found(key, fingerprint, name, answer), holder)
+
+    def release(self, key: str, token: str, *, alone: bool) -> None:
+        """Give a lease back, or let it say that nobody need wait; one that cannot be given back runs out."""
+        link = self._link()
+        link.leases.pop(token, None)
+        link.post("EVAL", _RELEASE, 1, self._lease(key), token, _LEASE, NOBODY_WAITS if alone else "")
+
+    def _lease(self, key: str) -> str:
+        return f"{self._prefix}:lease:{key}"
+
+    def _tags_of(self, key: str) -> Collection[str]:
+        return self._tags.get(key, {}).values()
+
+    async def _found(self, key: str, fingerprint: str, name: str, answer: _Answer) -> Found:
         if answer.instant is None:
             self._seen, _ = await self._stamped(())
             return Found(None, self._seen, {})
@@ -325,6 +376,9 @@ class _Link:
         #: What the present tick asks for, and who does.
         self._names: dict[str, None] = {}
         self._readers: list[asyncio.Future[_Answer]] = []
+        #: The leases that are held, by their tokens, and when they are to be renewed.
+        self.leases: dict[str, str] = {}
+        self._renewal: asyncio.TimerHandle | None = None
         # The breaker. Without a time to retry at, it is closed.
         self._retry_at: float | None = None
         self._pause = _FIRST_PAUSE
@@ -375,6 +429,27 @@ class _Link:
         if error is not None:
             raise error
         return reply
+
+    def post(self, *command: str | int | bytes) -> None:
+        """Send a command that nobody waits for; without a connection, none."""
+        if self._connection is not None:
+            self._store.trips += 1
+            self._connection.send(command, self._heard, patient=True)
+
+    def _heard(self, reply: Any) -> None:
+        self._error(reply)
+
+    def hold(self, lease: str, token: str) -> None:
+        """Renew a lease for as long as it is among `leases`."""
+        self.leases[token] = lease
+        if self._renewal is None:
+            self._renewal = self._loop.call_later(_RENEWAL, self._renew)
+
+    def _renew(self) -> None:
+        self._renewal = None
+        if self.leases:
+            self.post("EVAL", _RENEW, len(self.leases), *self.leases.values(), _LEASE, *self.leases)
+            self._renewal = self._loop.call_later(_RENEWAL, self._renew)
 
     def _error(self, reply: Any) -> StoreUnavailable | None:
         if isinstance(reply, StoreUnavailable):
@@ -461,6 +536,8 @@ class _Link:
     async def aclose(self) -> None:
         """Close the connection, or give up connecting."""
         self._why = "closed"
+        if self._renewal is not None:
+            self._renewal.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
