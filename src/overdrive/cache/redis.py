@@ -206,12 +206,12 @@ class RedisStore:
     async def claim(self, key: str, fingerprint: str, token: str) -> Claim:
         """Take a lease and look the entry up, in one round trip."""
         link, name, lease = self._link(), f"{self._prefix}:entry:{key}", self._lease(key)
-        if token:
-            link.post("SET", lease, token, "NX", "PX", _LEASE)
+        refusal = link.post("SET", lease, token, "NX", "PX", _LEASE) if token else None
         answer = await link.read((name, lease, *self._tags_of(key)))
+        # What was sent first has been answered first.
+        if refusal is not None and (error := refusal.result()) is not None:
+            raise error
         holder = (answer.values[lease] or b"").decode()
-        if token and not holder:
-            raise StoreUnavailable("Redis keeps no lease")
         if token and holder == token:
             link.hold(lease, token)
         return Claim(await self._found(key, fingerprint, name, answer), holder)
@@ -430,14 +430,15 @@ class _Link:
             raise error
         return reply
 
-    def post(self, *command: str | int | bytes) -> None:
-        """Send a command that nobody waits for; without a connection, none."""
-        if self._connection is not None:
+    def post(self, *command: str | int | bytes) -> asyncio.Future[StoreUnavailable | None]:
+        """Send a command without waiting; the future's result is the error that has come of it, if any."""
+        refusal: asyncio.Future[StoreUnavailable | None] = self._loop.create_future()
+        if self._connection is None:
+            refusal.set_result(StoreUnavailable(self._why))
+        else:
             self._store.trips += 1
-            self._connection.send(command, self._heard, patient=True)
-
-    def _heard(self, reply: Any) -> None:
-        self._error(reply)
+            self._connection.send(command, lambda reply: refusal.set_result(self._error(reply)), patient=True)
+        return refusal
 
     def hold(self, lease: str, token: str) -> None:
         """Renew a lease for as long as it is among `leases`."""
