@@ -169,7 +169,7 @@ async def test_what_is_not_for_others_makes_nobody_queue(workers: Workers, serve
     waiting.opened.set()
     results = await asyncio.gather(first, *others, return_exceptions=True)
     assert [type(each) for each in results] == ([LookupError] if then is broken else [int]) * 3
-    assert 0 < await server.pttl((await server.keys("test:lease:*"))[0]) <= 1000
+    assert 0 < await server.pttl((await server.keys("test:lease:*"))[0]) <= 2000
 
 
 async def test_a_leader_that_is_gone_is_followed_by_one(workers: Workers) -> None:
@@ -189,7 +189,7 @@ async def test_a_leader_that_is_gone_is_followed_by_one(workers: Workers) -> Non
 async def test_a_leader_that_takes_long_is_waited_for(workers: Workers) -> None:
     work = Work()
     tasks = await crowd(workers, work)
-    await asyncio.sleep(1.5)
+    await asyncio.sleep(2.5)
     work.opened.set()
     assert await asyncio.gather(*tasks) == [1] * 15
     assert work.runs == 1

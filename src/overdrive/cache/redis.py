@@ -103,8 +103,9 @@ for i = 2, #KEYS do
 end
 """)
 
-#: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held.
-_LEASE = 1000
+#: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held. A loop that a crowd
+#: of thousands holds up for a second is not dead.
+_LEASE = 2000
 _RENEWAL = 0.3
 
 # KEYS: leases...  ARGV: milliseconds, the token of each.
