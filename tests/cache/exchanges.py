@@ -24,9 +24,12 @@ async def ask(
     *,
     tags: tuple[str, ...] = (ITEMS,),
     body: bytes = b"body",
-    meanwhile: Callable[[], Awaitable[None]] = nothing,
+    meanwhile: Callable[[], Awaitable[Any]] = nothing,
+    taken: Callable[[], Awaitable[Any]] = nothing,
 ) -> str:
     """Answer one request as the middleware does, with `meanwhile` between its first read and its response.
+
+    `taken` is what its client does before it has the response.
 
     Returned is the mark: hit, miss or bypass.
     """
@@ -36,12 +39,18 @@ async def ask(
     await exchange.look_up()
     if exchange.entry is None:
         context.reads.tags.update(tags)
-        await meanwhile()
+        try:
+            await meanwhile()
+        except BaseException:
+            exchange.leave()
+            raise
     else:
         body = exchange.entry.body
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await taken()
         sent.append(message)
 
     headers = [(b"content-length", b"%d" % len(body))]

@@ -419,14 +419,26 @@ async def test_what_is_not_for_others_each_makes_alone(service: Service) -> None
 
 
 async def test_nobody_joins_what_began_before_a_write(service: Service) -> None:
-    held = Held(service)
-    before = await crowd(service, held, 3)
+    opened, reached = asyncio.Event(), asyncio.Event()
+
+    @service.app.get("/slow")
+    @cached
+    async def slow(db: SessionDep) -> list[str]:
+        service.ran.append("/slow")
+        names = list(await db.scalars(select(Item.name).order_by(Item.id)))
+        reached.set()
+        await opened.wait()
+        return names
+
+    before = [asyncio.create_task(service.get("/slow")) for _ in range(3)]
+    await asyncio.wait_for(reached.wait(), 10)
     assert await service.write(add_one) == 200
-    held.reached.clear()
-    after = await crowd(service, held, 3)
-    held.opened.set()
-    await asyncio.gather(*before, *after)
-    assert held.runs >= 2
+    after = [asyncio.create_task(service.get("/slow")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    opened.set()
+    assert [each.json() for each in await asyncio.gather(*before)] == [["first"]] * 3
+    assert [each.json() for each in await asyncio.gather(*after)] == [["first", "new"]] * 3
+    assert service.ran == ["/slow"] * 2
 
 
 async def test_a_client_that_takes_its_time_keeps_nobody_waiting(service: Service) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
+
+import msgspec
 
 from .conditional import Header, with_etag
 from .entry import FORMAT, Entry, Instant, State
-from .flight import Flights, Landed
+from .flight import Flight, Flights, Landed, Landing, patience
 from .invalidation import Invalidator
-from .store import Store, StoreUnavailable
+from .store import NOBODY_WAITS, Claim, Found, Store, StoreUnavailable
 from .tags import tag_of_tenant, tags_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
@@ -23,6 +28,35 @@ logger = logging.getLogger("overdrive")
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+
+#: Seconds between two looks for what another process makes: at first, and at most.
+_FIRST_PAUSE = 0.002
+_LONGEST_PAUSE = 0.05
+
+#: How many may be waited for, one after the other; what is written all the time would else be made by one at a time.
+_LEADERS = 2
+
+
+class Turn(NamedTuple):
+    """What a look-up comes to.
+
+    instant: the clock before anything the caller may read.
+    state: what the entry that was found is worth; None where there was none.
+    entry: what answers; None where the caller is to make it.
+    flight: whom the caller makes it for, too; what it brings ends it.
+    collapsed: whether the entry was made meanwhile, for another request.
+    """
+
+    instant: Instant
+    state: State | None
+    entry: Entry | None
+    flight: Flight | None = None
+    collapsed: bool = False
+
+
+def _give_back(store: Store, key: str, token: str, landed: Landing) -> None:
+    store.release(key, token, alone=landed is Landed.ALONE or isinstance(landed, Exception))
 
 
 class Cache:
@@ -144,11 +178,12 @@ class Cache:
             exchange.bypass("off")
             return
         try:
-            await self.invalidator.catch_up()
-            await self._load(exchange)
+            turn = await self.find(exchange.key, exchange.policy.plan.fingerprint)
         except StoreUnavailable:
             # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
+        else:
+            exchange.looked_up(turn, self.clock())
 
     def held(self, key: str) -> Entry | None:
         """Return what answers a request now, if it is in this process; asks nobody."""
@@ -157,33 +192,76 @@ class Cache:
         entry = self.store.held(key)
         return entry if entry is not None and self.clock() - entry.created < entry.ttl else None
 
-    async def _load(self, exchange: Exchange) -> None:
+    async def find(self, key: str, fingerprint: str) -> Turn:
+        """Return what answers, or whose turn it is to make it; all who ask at once get it from one execution.
+
+        Raises what that execution has raised, and `StoreUnavailable`.
+        """
+        await self.invalidator.catch_up()
+        until: float | None = None
         while True:
-            entry, instant, versions = await self.store.load(exchange.key, exchange.policy.plan.fingerprint)
-            exchange.looked_up(instant)
-            state = entry.state(self.clock(), instant.epoch, versions) if entry is not None else None
-            if entry is not None and state is State.FRESH:
-                exchange.hit(entry, self.clock())
-                return
-            flight = exchange.lead_or_follow()
-            if flight is None:
-                exchange.miss("uri-miss" if state is None else "stale", "" if state is None else state.value)
-                return
-            match await flight.landing():
+            turn = self._judged(await self.store.load(key, fingerprint))
+            if turn.entry is not None:
+                return turn
+            until = until or patience()
+            flight, leads = self.flights.join((key, fingerprint), turn.instant)
+            if leads:
+                return await self._take_off(flight, turn, key, fingerprint, until)
+            match await flight.landing(until):
                 case Entry() as entry:
-                    exchange.hit(entry, self.clock(), collapsed=True)
-                    return
+                    return Turn(turn.instant, State.FRESH, entry, collapsed=True)
                 case Exception() as error:
                     raise error
                 case Landed.ALONE:
-                    exchange.miss("uri-miss")
-                    return
+                    return turn
 
-    async def fill(self, exchange: Exchange, body: bytes) -> Entry | None:
-        """Store a response, unless something it read has been written since; return what was stored."""
+    def _judged(self, found: Found) -> Turn:
+        entry, instant, versions = found
+        state = None if entry is None else entry.state(self.clock(), instant.epoch, versions)
+        return Turn(instant, state, entry if state is State.FRESH else None)
+
+    async def _take_off(self, flight: Flight, turn: Turn, key: str, fingerprint: str, until: float) -> Turn:
+        """Let the caller make the entry, unless another process does."""
+        token = secrets.token_hex(8)
+        flight.lease = partial(_give_back, self.store, key, token)
+        try:
+            claim = await self.store.claim(key, fingerprint, token)
+            if claim is None:
+                flight.lease = None
+            else:
+                turn = await self._wait_for_others(claim, key, fingerprint, token, until)
+        except StoreUnavailable:
+            # There is nobody to wait for. A lease that was granted after all runs out.
+            pass
+        except BaseException:
+            flight.end(Landed.NOWHERE)
+            raise
+        if turn.entry is not None:
+            flight.end(turn.entry)
+            return turn._replace(collapsed=True)
+        flight.instant = turn.instant
+        return turn._replace(flight=flight)
+
+    async def _wait_for_others(self, claim: Claim, key: str, fingerprint: str, token: str, until: float) -> Turn:
+        """Look again until the entry is there, or its lease is ours, or waiting is of no use."""
+        leaders, pause = set[str](), _FIRST_PAUSE
+        while True:
+            turn = self._judged(claim.found)
+            if turn.entry is not None or claim.holder in (token, NOBODY_WAITS):
+                return turn
+            if claim.holder:
+                leaders.add(claim.holder)
+                if len(leaders) > _LEADERS or asyncio.get_running_loop().time() >= until:
+                    return turn
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            claim = await self.store.claim(key, fingerprint, "" if claim.holder else token) or claim
+
+    async def fill(self, exchange: Exchange, body: bytes) -> Landing:
+        """Store a response, unless something it read has been written since; return what others get of it."""
         instant, policy = exchange.instant, exchange.policy
         if instant is None:
-            return None
+            return Landed.ALONE
         return await self.keep(
             exchange.key,
             policy.plan.fingerprint,
@@ -192,6 +270,7 @@ class Cache:
             policy.ttl,
             headers=with_etag(exchange.headers, body),
             body=body,
+            flight=exchange.flight,
         )
 
     async def keep(
@@ -204,16 +283,23 @@ class Cache:
         *,
         headers: list[Header],
         body: bytes,
-    ) -> Entry | None:
-        """Store what was read after `instant`, unless one of its tags was written since; return what was stored."""
+        flight: Flight | None,
+    ) -> Landing:
+        """Store what was read after `instant`, unless one of its tags was written since; return what others get of it.
+
+        Those who joined the flight asked before that write, so they get what is not stored, too, unless some of it
+        was read before the flight began.
+        """
+        entry = Entry(FORMAT, fingerprint, instant.epoch, dict.fromkeys(tags, 0), self.clock(), ttl, 200, headers, body)
+        not_kept = entry if flight is not None and flight.instant == instant else Landed.NOWHERE
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
-                return None
-            entry = Entry(FORMAT, fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
+                return not_kept
+            entry = msgspec.structs.replace(entry, versions=versions)
             await self.store.save(key, entry, ttl)
         except StoreUnavailable:
-            return None
+            return not_kept
         return entry
 
     def complain_once(self, route: str | None, reason: str) -> None:

@@ -1,6 +1,6 @@
 """Entries and versions in Redis Cluster: a store over many servers, each of which has a share of the keys.
 
-The clock and the tags lie in one slot, which their hash tag names: `{overdrive}:clock`, `{overdrive}:tag:*`. So one
+The clock, the tags and the leases lie in one slot, which their hash tag names: `{overdrive}:clock`, `{overdrive}:tag:*`. So one
 node has them all, one MGET reads them as of one moment, and the scripts move them together. The entries are spread
 over the slots of all nodes (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/).
 
@@ -94,6 +94,9 @@ class ClusterStore(RedisStore):
 
     def _names(self, tags: Iterable[str]) -> dict[str, str]:
         return {tag: f"{{{self._prefix}}}:tag:{tag}" for tag in tags}
+
+    def _lease(self, key: str) -> str:
+        return f"{{{self._prefix}}}:lease:{key}"
 
     def _new_route(self, loop: asyncio.AbstractEventLoop) -> Cluster:
         seed = urlsplit(self._node_url)
@@ -199,6 +202,24 @@ class Cluster:
             return (await asyncio.gather(other.ask("ASKING"), other.ask(*command, patient=patient)))[1]
 
         return await self._sent(slot, send, patient=patient)
+
+    def post(self, *command: str | int | bytes) -> asyncio.Future[StoreUnavailable | None]:
+        """Send a command to the clock's node without waiting; the result is its error, if any."""
+        return self._by_the_clock().post(*command)
+
+    def hold(self, lease: str, token: str) -> None:
+        """Renew a lease until it is let go."""
+        self._by_the_clock().hold(lease, token)
+
+    def let_go(self, token: str) -> None:
+        """Renew a lease no longer."""
+        for link in self._links.values():
+            link.let_go(token)
+
+    def _by_the_clock(self) -> NodeLink:
+        node = self._slots[self._clock_slot] if self._slots is not None else None
+        # Any other node refuses, and a lease that is not given back runs out.
+        return self._link(node) if node is not None else next(iter(self._links.values()))
 
     async def _sent(self, slot: int, send: Callable[[NodeLink], Awaitable[T]], *, patient: bool) -> T:
         link = await self._serving(slot, patient)

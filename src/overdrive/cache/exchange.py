@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from .flight import Flight, Landed, Landing
 from .policy import Policy, reason_not_to_store
 
 if TYPE_CHECKING:
-    from .cache import Cache
+    from .cache import Cache, Turn
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -53,7 +54,6 @@ class Exchange:
     __slots__ = (
         "_cache",
         "_chunks",
-        "_flight",
         "_if_none_match",
         "_mark",
         "_not_modified",
@@ -62,6 +62,7 @@ class Exchange:
         "_storing",
         "context",
         "entry",
+        "flight",
         "headers",
         "instant",
         "key",
@@ -80,11 +81,12 @@ class Exchange:
         self.headers: list[Header] = []
         #: What answers this request, once the look-up has found it.
         self.entry: Entry | None = None
+        #: Whom this request makes its response for, too.
+        self.flight: Flight | None = None
         self._cache = cache
         self._if_none_match = if_none_match
         self._mark = "bypass"
         self._status = ""
-        self._flight: Flight | None = None
         self._start: Message | None = None
         self._not_modified = False
         self._storing = False
@@ -99,10 +101,18 @@ class Exchange:
 
     # What the cache notes here
 
-    def looked_up(self, instant: Instant) -> None:
-        """Take the look-up's instant, the freshest there is, unless dependencies have read before it."""
+    def looked_up(self, turn: Turn, now: float) -> None:
+        """Take what the look-up has come to."""
+        # Its instant is the freshest there is, unless dependencies have read before it.
         if not self.context.statements:
-            self.instant = instant
+            self.instant = turn.instant
+        self.flight = turn.flight
+        if turn.entry is not None:
+            self.hit(turn.entry, now, collapsed=turn.collapsed)
+        elif turn.state is None:
+            self.miss("uri-miss")
+        else:
+            self.miss("stale", turn.state.value)
 
     def bypass(self, why: str) -> None:
         """Note that the cache does not take part."""
@@ -116,15 +126,6 @@ class Exchange:
         """Note that the cache had the answer, or got it meanwhile for another request."""
         self.entry, self._mark = entry, "hit"
         self._status = "fwd=uri-miss; collapsed" if collapsed else f"hit; ttl={int(entry.created + entry.ttl - now)}"
-
-    def lead_or_follow(self) -> Flight | None:
-        """Return the flight to wait for; None where this request goes ahead, for those that ask the same meanwhile."""
-        # A flight that left before a write brings what was read before it.
-        flight, leads = self._cache.flights.join((self.key, self.instant))
-        if not leads:
-            return flight
-        self._flight = flight
-        return None
 
     # What the response passes
 
@@ -199,6 +200,8 @@ class Exchange:
             # A parameter has one value, and why nothing is stored outlives why nothing was found.
             self._status = f"{self._status.partition('; detail=')[0]}; detail={reason}"
         self._storing = reason is None
+        if not self._storing:
+            self._end(Landed.ALONE)
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
         if self.context.wrote:
@@ -211,20 +214,24 @@ class Exchange:
     async def _pass_on(self, message: Message, chunk: bytes, more: bool, send: Send) -> None:
         if self._storing:
             self._chunks.append(chunk)
-        # A client that is slow to take its answer keeps nobody else waiting.
-        if not more and self._flight is not None and self._flight.awaited:
-            await self._keep()
-        await send({**message, "body": b""} if self._not_modified else message)
-        if not more:
-            await self._keep()
+        message = {**message, "body": b""} if self._not_modified else message
+        if more or self.flight is None or not (self.flight.awaited or self.flight.lease):
+            await send(message)
+            if not more:
+                await self._keep()
+            return
+        # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
+        keeping = asyncio.get_running_loop().create_task(self._keep())
+        try:
+            await send(message)
+        finally:
+            await keeping
 
     async def _keep(self) -> None:
         """Store the response, now that all of it is there, and share it with those who wait."""
-        kept: Entry | None = None
         if self._storing:
             self._storing = False
-            kept = await self._cache.fill(self, b"".join(self._chunks))
-        self._end(kept or Landed.ALONE)
+            self._end(await self._cache.fill(self, b"".join(self._chunks)))
 
     def fail(self, error: Exception) -> None:
         """Share what the endpoint has raised with those who wait."""
@@ -235,6 +242,6 @@ class Exchange:
         self._end(Landed.NOWHERE)
 
     def _end(self, landed: Landing) -> None:
-        flight, self._flight = self._flight, None
+        flight, self.flight = self.flight, None
         if flight is not None:
             flight.end(landed)

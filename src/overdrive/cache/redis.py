@@ -1,7 +1,7 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
-`tag:*` (the write a tag was last named by) and `entry:*`.
+`tag:*` (the write a tag was last named by), `entry:*`, and `lease:*` (who is making an entry).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
@@ -25,7 +25,7 @@ from typing import Any, Protocol, cast
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
-from .store import Found, StoreUnavailable
+from .store import NOBODY_WAITS, Claim, Found, StoreUnavailable
 
 try:
     from hiredis import ProtocolError, Reader, ReplyError, pack_command
@@ -108,6 +108,31 @@ for i = 2, #KEYS do
 end
 """)
 
+#: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held. A loop that a crowd
+#: of thousands holds up for a second is not dead.
+_LEASE = 2000
+_RENEWAL = 0.3
+
+# KEYS: leases...  ARGV: milliseconds, the token of each.
+_RENEW = """
+for i = 1, #KEYS do
+    if redis.call('GET', KEYS[i]) == ARGV[i + 1] then
+        redis.call('PEXPIRE', KEYS[i], ARGV[1])
+    end
+end
+"""
+
+# KEYS: a lease.  ARGV: its token, milliseconds, and what it is to say for so long, if anything.
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+    if ARGV[3] == '' then
+        redis.call('DEL', KEYS[1])
+    else
+        redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
+    end
+end
+"""
+
 _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
 #: What the parser says of a reply that has not arrived as a whole.
@@ -122,6 +147,15 @@ class Route(Protocol):
 
     async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
         """Send one command, and return the reply to it."""
+
+    def post(self, *command: str | int | bytes) -> asyncio.Future[StoreUnavailable | None]:
+        """Send a command to the clock's server without waiting; the result is its error, if any."""
+
+    def hold(self, lease: str, token: str) -> None:
+        """Renew a lease until it is let go."""
+
+    def let_go(self, token: str) -> None:
+        """Renew a lease no longer."""
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -205,8 +239,35 @@ class RedisStore:
 
     async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
-        name, tags = f"{self._prefix}:entry:{key}", self._tags.get(key, {})
-        answer = await self._link().read((name, *tags.values()))
+        name = f"{self._prefix}:entry:{key}"
+        return await self._found(key, fingerprint, name, await self._link().read((name, *self._tags_of(key))))
+
+    async def claim(self, key: str, fingerprint: str, token: str) -> Claim:
+        """Take a lease and look the entry up, in one round trip."""
+        link, name, lease = self._link(), f"{self._prefix}:entry:{key}", self._lease(key)
+        refusal = link.post("SET", lease, token, "NX", "PX", _LEASE) if token else None
+        answer = await link.read((name, lease, *self._tags_of(key)))
+        # What was sent first has been answered first.
+        if refusal is not None and (error := refusal.result()) is not None:
+            raise error
+        holder = (answer.values[lease] or b"").decode()
+        if token and holder == token:
+            link.hold(lease, token)
+        return Claim(await self._found(key, fingerprint, name, answer), holder)
+
+    def release(self, key: str, token: str, *, alone: bool) -> None:
+        """Give a lease back, or let it say that nobody need wait; one that cannot be given back runs out."""
+        link = self._link()
+        link.let_go(token)
+        link.post("EVAL", _RELEASE, 1, self._lease(key), token, _LEASE, NOBODY_WAITS if alone else "")
+
+    def _lease(self, key: str) -> str:
+        return f"{self._prefix}:lease:{key}"
+
+    def _tags_of(self, key: str) -> Collection[str]:
+        return self._tags.get(key, {}).values()
+
+    async def _found(self, key: str, fingerprint: str, name: str, answer: Answer) -> Found:
         if answer.instant is None:
             self._seen, _ = await self._stamped(())
             return Found(None, self._seen, {})
@@ -360,6 +421,9 @@ class Link:
         #: What the present tick asks for, and who does.
         self._names: dict[str, None] = {}
         self._readers: list[asyncio.Future[Answer]] = []
+        #: The leases that are held, by their tokens, and when they are to be renewed.
+        self._leases: dict[str, str] = {}
+        self._renewal: asyncio.TimerHandle | None = None
         # The breaker. Without a time to retry at, it is closed.
         self._retry_at: float | None = None
         self._pause = _FIRST_PAUSE
@@ -412,6 +476,32 @@ class Link:
         if error is not None:
             raise error
         return reply
+
+    def post(self, *command: str | int | bytes) -> asyncio.Future[StoreUnavailable | None]:
+        """Send a command without waiting; the future's result is the error that has come of it, if any."""
+        refusal: asyncio.Future[StoreUnavailable | None] = self._loop.create_future()
+        if self._connection is None:
+            refusal.set_result(StoreUnavailable(self._why))
+        else:
+            self._store.trips += 1
+            self._connection.send(command, lambda reply: refusal.set_result(self._error(reply)), patient=True)
+        return refusal
+
+    def hold(self, lease: str, token: str) -> None:
+        """Renew a lease until it is let go."""
+        self._leases[token] = lease
+        if self._renewal is None:
+            self._renewal = self._loop.call_later(_RENEWAL, self._renew)
+
+    def let_go(self, token: str) -> None:
+        """Renew a lease no longer."""
+        self._leases.pop(token, None)
+
+    def _renew(self) -> None:
+        self._renewal = None
+        if self._leases:
+            self.post("EVAL", _RENEW, len(self._leases), *self._leases.values(), _LEASE, *self._leases)
+            self._renewal = self._loop.call_later(_RENEWAL, self._renew)
 
     def _error(self, reply: Any) -> StoreUnavailable | None:
         if isinstance(reply, StoreUnavailable):
@@ -500,6 +590,8 @@ class Link:
     async def aclose(self) -> None:
         """Close the connection, or give up connecting."""
         self._why = "closed"
+        if self._renewal is not None:
+            self._renewal.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])

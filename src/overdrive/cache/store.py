@@ -31,6 +31,21 @@ class Found(NamedTuple):
     versions: Mapping[str, int]
 
 
+#: Who holds the lease of a key whose last response was not for others: each makes its own.
+NOBODY_WAITS = "alone"
+
+
+class Claim(NamedTuple):
+    """The answer to who may make an entry.
+
+    found: the look-up, as of a moment at which the lease was the holder's.
+    holder: the token of whoever makes the entry, `NOBODY_WAITS`, or nothing where the lease is free.
+    """
+
+    found: Found
+    holder: str
+
+
 class StoreUnavailable(Exception):  # noqa: N818
     """The store did not answer; a request goes on without it."""
 
@@ -52,6 +67,21 @@ class Store(Protocol):
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
+
+    async def claim(self, key: str, fingerprint: str, token: str) -> Claim | None:
+        """Take the lease of a key if it is free, and look the entry up after that.
+
+        token: whose the lease is to be; empty to see only whose it is.
+
+        Whoever holds the lease keeps it while its process lives, and for two seconds at most after that. None where no
+        other process shares the store, and there is nobody to agree with.
+        """
+
+    def release(self, key: str, token: str, *, alone: bool) -> None:
+        """Give the lease back if it is `token`'s, without waiting for anyone.
+
+        alone: whether those who wait are to go ahead all at once, since what was made is not for them.
+        """
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
@@ -141,6 +171,12 @@ class MemoryStore:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
         # As if it had been looked at before all writes.
         self._entries.put(key, _Held(entry, None), _size(entry))
+
+    async def claim(self, key: str, fingerprint: str, token: str) -> None:
+        """No other process makes entries here."""
+
+    def release(self, key: str, token: str, *, alone: bool) -> None:
+        """There are no leases."""
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""

@@ -13,7 +13,7 @@ import msgspec
 from overdrive.context import Reads, collecting, collectors, current
 from overdrive.errors import ConfigurationError
 
-from .entry import Entry, Instant, State
+from .entry import Instant
 from .flight import Flight, Landed, Landing
 from .store import StoreUnavailable
 from .tags import TENANT, tag_of_tenant
@@ -25,7 +25,7 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 Load = Callable[[], Awaitable[Any]]
-Keep = Callable[[Reads, bytes], Awaitable[Entry | None]]
+Keep = Callable[[Reads, bytes], Awaitable[Landing]]
 
 
 def key_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
@@ -109,34 +109,18 @@ class Values:
         name, fingerprint = f"value:{_digest((key, tenant))}", repr((type_, sorted(tags)))
         if tenant is not None:
             tags = [*tags, tag_of_tenant(tenant)]
-        while True:
-            try:
-                entry, instant = await self._find(name, fingerprint)
-            except StoreUnavailable:
-                return await load()
-            if entry is None:
-                flight, leads = self._cache.flights.join((name, instant))
-                if leads:
-                    keep = functools.partial(self._keep, name, fingerprint, instant, tags, ttl or self._cache.ttl)
-                    return await self._lead(flight, load, type_, keep)
-                match await flight.landing():
-                    case Entry() as landed:
-                        entry = landed
-                    case Exception() as error:
-                        raise error
-                    case Landed.ALONE:
-                        return await load()
-                    case Landed.NOWHERE:
-                        continue
+        try:
+            turn = await self._cache.find(name, fingerprint)
+        except StoreUnavailable:
+            return await load()
+        if turn.entry is not None:
             for reads in collectors():
-                reads.tags |= entry.versions.keys()
-            return msgspec.msgpack.decode(entry.body, type=type_)
-
-    async def _find(self, name: str, fingerprint: str) -> tuple[Entry | None, Instant]:
-        await self._cache.invalidator.catch_up()
-        entry, instant, versions = await self._cache.store.load(name, fingerprint)
-        fresh = entry is not None and entry.state(self._cache.clock(), instant.epoch, versions) is State.FRESH
-        return (entry if fresh else None), instant
+                reads.tags |= turn.entry.versions.keys()
+            return msgspec.msgpack.decode(turn.entry.body, type=type_)
+        if turn.flight is None:
+            return await load()
+        keep = functools.partial(self._keep, name, fingerprint, turn.instant, tags, ttl or self._cache.ttl, turn.flight)
+        return await self._lead(turn.flight, load, type_, keep)
 
     async def _lead(self, flight: Flight, load: Load, type_: Any, keep: Keep) -> Any:
         landed: Landing = Landed.NOWHERE
@@ -151,7 +135,7 @@ class Values:
                 raise ConfigurationError(
                     f"a {type(value).__name__} cannot be kept as {type_!r}: msgspec has to write and read it ({error})"
                 ) from error
-            landed = await keep(reads, body) or Landed.ALONE
+            landed = await keep(reads, body)
         except Exception as error:
             landed = error
             raise
@@ -166,13 +150,16 @@ class Values:
         instant: Instant,
         tags: Collection[str],
         ttl: float,
+        flight: Flight,
         reads: Reads,
         body: bytes,
-    ) -> Entry | None:
+    ) -> Landing:
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
         if reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags):
-            return None
-        return await self._cache.keep(name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body)
+            return Landed.ALONE
+        return await self._cache.keep(
+            name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body, flight=flight
+        )
 
     def memoize(
         self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str], *, shared: bool
