@@ -3,6 +3,7 @@
 Annotations here are read by FastAPI at run time, so this module does not postpone them.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,9 +142,25 @@ def _request(what: str, instead: str) -> RequestContext:
 @overload
 def cached(endpoint: F, /) -> F: ...
 @overload
-def cached(*, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None) -> Callable[[F], F]: ...
 def cached(
-    endpoint: Any = None, /, *, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    body: bool = False,
+    stale_while_revalidate: float | timedelta = 0,
+    stale_if_error: float | timedelta = 0,
+    browser_ttl: float | timedelta = 0,
+) -> Callable[[F], F]: ...
+def cached(
+    endpoint: Any = None,
+    /,
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    body: bool = False,
+    stale_while_revalidate: float | timedelta = 0,
+    stale_if_error: float | timedelta = 0,
+    browser_ttl: float | timedelta = 0,
 ) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
@@ -151,33 +168,69 @@ def cached(
     scope: "public" says that everybody gets the same response, whoever is asking: then a hit is answered before
         the route's dependencies, those that authenticate among them. Left out, a response belongs to whoever the
         route's dependencies read the identity of, and they run first.
+    body: a POST is cached too, by its body of JSON: it asks for something, as a search does. One that has written is
+        never stored.
+    stale_while_revalidate: seconds after its end in which a response is served yet, while the request is run once
+        more to make it anew (RFC 5861, section 3). What a middleware opens for the time of a request, and puts into
+        its scope, is closed by then.
+    stale_if_error: seconds after its end in which a response stands in for an exception, or for a 500, 502, 503 or
+        504 (RFC 5861, section 4).
+    browser_ttl: seconds for which a browser need not ask again, whatever is written; other caches may use it alike if
+        the scope is "public". By default, or with an own `Cache-Control`, that decides: browsers ask each time, and
+        are told if they have it already.
 
-    It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
-    `ConfigurationError` for a `ttl` that is not positive.
+    What a write has outdated is never served, in neither case. It marks the endpoint and returns it unchanged, so it
+    may stand above or below the route's decorator. What clients say in `Cache-Control` is not heeded: a client does
+    not decide who asks the database. Raises `ConfigurationError` for a `ttl` that is not positive, and for other times
+    that are none.
     """
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    seconds = None if ttl is None else _seconds("ttl", ttl)
     if scope not in (None, "public"):
         raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
-    if seconds is not None and not seconds > 0:
+    if seconds == 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
+    if not isinstance(body, bool):
+        raise ConfigurationError(f"@cached(body=...) takes True or False, not {body!r}")
+    told = Mark(
+        ttl=seconds,
+        public=scope == "public",
+        body=body,
+        stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
+        stale_if_error=_seconds("stale_if_error", stale_if_error),
+        browser_ttl=int(_seconds("browser_ttl", browser_ttl)),
+    )
 
     def mark(function: F) -> F:
         if not callable(function):
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, Mark(seconds, scope == "public"))
+        setattr(function, CACHED, told)
         return function
 
     return mark if endpoint is None else mark(endpoint)
 
 
+def _seconds(name: str, value: float | timedelta) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        least = "a positive" if name == "ttl" else "a"
+        raise ConfigurationError(
+            f"@cached({name}=...) takes {least} number of seconds, or a timedelta that is not negative, not {value!r}"
+        )
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, and whose responses are."""
+    """What `cached` was told of an endpoint, in seconds; a `ttl` of None is the setting's."""
 
     ttl: float | None
     public: bool
+    body: bool = False
+    stale_while_revalidate: float = 0
+    stale_if_error: float = 0
+    browser_ttl: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
-from .conditional import Header, with_etag
-from .entry import FORMAT, Entry, Instant, State
+from .conditional import Header
+from .entry import FORMAT, Entry, Form, Instant, State
 from .flight import Flights, Landed
 from .invalidation import Invalidator
+from .refresh import Refreshes
 from .store import Store, StoreUnavailable
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
@@ -50,6 +51,7 @@ class Cache:
         self.clock = clock
         self.invalidator = Invalidator(store)
         self.flights = Flights()
+        self.refreshes = Refreshes()
         self._values = Values(self)
         self._complained: set[tuple[str | None, str]] = set()
 
@@ -150,6 +152,8 @@ class Cache:
             if entry is not None and state is State.FRESH:
                 exchange.hit(entry, self.clock())
                 return
+            if entry is not None and state is State.EXPIRED and exchange.expired(entry, self.clock()):
+                return
             flight = exchange.lead_or_follow()
             if flight is None:
                 exchange.miss("uri-miss" if state is None else "stale", "" if state is None else state.value)
@@ -164,8 +168,13 @@ class Cache:
                     exchange.miss("uri-miss")
                     return
 
-    async def fill(self, exchange: Exchange, body: bytes) -> Entry | None:
-        """Store a response, unless something it read has been written since; return what was stored."""
+    async def fill(
+        self, exchange: Exchange, headers: list[Header], body: bytes, form: Form | None = None
+    ) -> Entry | None:
+        """Store a response, unless something it read has been written since; return what was stored.
+
+        form: its body as gzip, if it was made.
+        """
         instant, policy = exchange.instant, exchange.policy
         if instant is None:
             return None
@@ -175,8 +184,10 @@ class Cache:
             instant,
             exchange.context.reads.tags,
             policy.ttl,
-            headers=with_etag(exchange.headers, body),
+            headers=headers,
             body=body,
+            form=form,
+            keep_for=policy.kept_for,
         )
 
     async def keep(
@@ -189,14 +200,19 @@ class Cache:
         *,
         headers: list[Header],
         body: bytes,
+        form: Form | None = None,
+        keep_for: float | None = None,
     ) -> Entry | None:
-        """Store what was read after `instant`, unless one of its tags was written since; return what was stored."""
+        """Store what was read after `instant`, unless one of its tags was written since; return what was stored.
+
+        keep_for: seconds after which it is of no use, if not at the end of its time to live.
+        """
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
                 return None
-            entry = Entry(FORMAT, fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body)
-            await self.store.save(key, entry, ttl)
+            entry = Entry(FORMAT, fingerprint, epoch, versions, self.clock(), ttl, 200, headers, body, form)
+            await self.store.save(key, entry, keep_for or ttl)
         except StoreUnavailable:
             return None
         return entry
