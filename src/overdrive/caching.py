@@ -337,7 +337,7 @@ def _unknowable(dependant: Any, mark: Mark) -> str | None:
     if any(isinstance(parameter.field_info, params.Form) for parameter in dependant.body_params):
         return f"{name}() reads a form or files, and a key is made of JSON alone: take a model as its body"
     if dependant.body_params and not mark.body:
-        return f"{name}() reads the body: say so by @cached(body=True)"
+        return f"{name}() reads the body, and only a POST is cached by it: @app.post and @cached(body=True)"
     for parameter in (*dependant.header_params, *dependant.cookie_params):
         if any(model.model_config.get("extra") == "allow" for model in _models(parameter.field_info.annotation)):
             return f"{name}() takes every header or cookie there is"
