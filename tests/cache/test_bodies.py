@@ -159,7 +159,20 @@ async def test_a_get_of_the_same_address_is_another(service: Service) -> None:
 
     assert (await service.get("/search")).json() == ["get"]
     assert (await post(service, "{}")).json() == ["", 1, "first"]
-    assert (await service.get("/search")).headers["x-cache"] == "hit"
+    again = await service.get("/search")
+    assert (again.headers["x-cache"], again.json()) == ("hit", ["get"])
+
+
+async def test_a_search_without_a_session_is_not_found_by_its_address(service: Service) -> None:
+    @service.app.post("/echo")
+    @cached(body=True)
+    async def echo(query: Query) -> str:
+        return query.text
+
+    for text in ("a", "b", "a"):
+        assert (await post(service, json.dumps({"text": text}), "/echo")).json() == text
+    assert (await service.get("/echo")).status_code == 405
+    assert (await service.http.head("/echo")).status_code == 405
 
 
 @pytest.mark.parametrize(
@@ -255,6 +268,10 @@ def test_what_is_alike_in_python_is_not_the_same(one: str, other: str) -> None:
 @given(st.binary(max_size=40))
 def test_no_body_raises(body: bytes) -> None:
     canonical_json(JSON, body)
+
+
+def test_too_deep_a_body_is_none() -> None:
+    assert canonical_json(JSON, b"[" * 100_000 + b"]" * 100_000) is None
 
 
 @pytest.mark.parametrize("content_type", ["", "text/json", "application/jsonx", "json", "multipart/form-data"])

@@ -111,6 +111,10 @@ def test_vary_is_one_line_that_names_all(own: list[bytes], second: list[bytes], 
     assert len(with_vary(with_vary(headers, names), names)) == len(with_vary(headers, names))
 
 
+def test_what_varies_by_everything_says_no_more() -> None:
+    assert with_vary([(b"vary", b"*")], [b"Cookie"]) == [(b"vary", b"*")]
+
+
 # Cache-Control
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -12,15 +12,17 @@ import httpx2
 import pytest
 from cache.service import Service, serve
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.security import HTTPBearer
 from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from support import Item, client, eventually, on_uvicorn, outside, recorded
+from support import Item, call, client, eventually, on_uvicorn, outside, recorded
 
 from overdrive import ConfigurationError, Overdrive, SessionDep, cached, declare
 from overdrive.cache.refresh import Refreshes
 from overdrive.context import current
 from overdrive.instrumentation.events import RequestEvent
+from overdrive.pool.session import AsyncWork
 from overdrive.testing import Clock
 
 pytestmark = pytest.mark.anyio
@@ -150,7 +152,8 @@ async def test_a_refresh_is_a_request_of_its_own(service: Service) -> None:
 async def test_a_refresh_in_a_mounted_app(service: Service) -> None:
     inner = FastAPI()
 
-    @inner.get("/in/{number}")
+    # What is found before routing would not show where routing has led.
+    @inner.get("/in/{number}", dependencies=[Depends(lambda: None)])
     @cached(ttl=10, stale_while_revalidate=30)
     async def inside(number: int, db: SessionDep) -> int:
         return number
@@ -376,6 +379,54 @@ async def test_it_answers_all_who_wait(service: Service) -> None:
         route.opened.set()
         assert {(each.status_code, each.text) for each in await asyncio.gather(*asking)} == {(200, "1")}
         assert route.runs == runs + 1
+
+
+async def test_no_connection_is_held_while_it_is_sent(service: Service) -> None:
+    route = Route(service, stale_if_error=300)
+    held: list[int] = []
+    pool: Any = service.overdrive.engine.pool
+    await service.get("/one")
+    route.clock.tick(15)
+    for does in (fail, unavailable):
+        route.does = does
+        answer = await call(service.app, "/one", at_start=lambda: held.append(pool.checkedout()))
+        assert (answer.status, answer.body) == (200, b"1")
+    assert held == [0, 0]
+
+
+async def test_a_commit_that_fails_is_such_an_error(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    route = Route(service, stale_if_error=300)
+    await service.get("/one")
+    route.clock.tick(15)
+
+    async def lost(work: AsyncWork, status: int) -> None:
+        await work.abandon()
+        raise OSError("the connection is lost")
+
+    monkeypatch.setattr(AsyncWork, "settle", lambda work, status: False)
+    monkeypatch.setattr(AsyncWork, "end", lost)
+    answer = await service.get("/one")
+    assert (answer.status_code, answer.json()) == (200, 1)
+    assert "detail=stale-if-error" in answer.headers["cache-status"]
+
+
+async def test_what_has_begun_is_not_replaced(service: Service) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"begun"
+        raise RuntimeError("broken")
+
+    @service.app.get("/begun")
+    @cached(ttl=10, stale_if_error=300)
+    async def begun() -> Response:
+        service.ran.append("/begun")
+        return PlainTextResponse("whole") if len(service.ran) == 1 else StreamingResponse(broken())
+
+    clock = service.overdrive.cache.clock = Clock()
+    await service.get("/begun")
+    clock.tick(11)
+    answer = await call(service.app, "/begun")
+    assert (answer.starts, answer.body) == (1, b"begun")
+    assert "broken" in str(answer.error)
 
 
 async def test_a_request_that_has_written_is_answered_its_error(service: Service) -> None:

@@ -12,6 +12,7 @@ from .coding import accepts_gzip, gzipped, is_worth_it
 from .conditional import Header, held_tag, not_modified, with_etag
 from .entry import Entry, Form, Instant
 from .flight import Flight, Landed, Landing
+from .http import is_error
 from .policy import Policy, reason_not_to_store, with_vary
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ logger = logging.getLogger("overdrive")
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
-#: The statuses that an expired entry may stand in for (RFC 5861, section 4).
-_ERRORS = (500, 502, 503, 504)
 
 
 class Wishes(NamedTuple):
@@ -224,7 +223,7 @@ class Exchange:
             return
         match message["type"]:
             case "http.response.start":
-                if message["status"] in _ERRORS and await self.stand_in(message["status"], None, send):
+                if is_error(message["status"]) and await self.stand_in(message["status"], None, send):
                     return
                 self._start = message
                 if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
