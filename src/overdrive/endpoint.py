@@ -175,20 +175,24 @@ def cached(
         its scope, is closed by then.
     stale_if_error: seconds after its end in which a response stands in for an exception, or for a 500, 502, 503 or
         504 (RFC 5861, section 4).
-    browser_ttl: seconds for which a browser need not ask again, whatever is written; other caches may use it alike if
-        the scope is "public". By default, or with an own `Cache-Control`, that decides: browsers ask each time, and
-        are told if they have it already.
+    browser_ttl: whole seconds for which a browser need not ask again, whatever is written meanwhile; so may caches on
+        the way, if the scope is "public". Left out, a browser asks each time, and is told if it has it already. An
+        endpoint's own `Cache-Control` wins over both.
 
-    What a write has outdated is never served, in neither case. It marks the endpoint and returns it unchanged, so it
-    may stand above or below the route's decorator. What clients say in `Cache-Control` is not heeded: a client does
-    not decide who asks the database. Raises `ConfigurationError` for a `ttl` that is not positive, and for other times
-    that are none.
+    What a write has outdated is served in none of these windows. What clients say in `Cache-Control` is not heeded:
+    who asks the database is not up to them. It marks the endpoint and returns it unchanged, so it may stand above or
+    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, and for times that are
+    none.
     """
     seconds = None if ttl is None else _seconds("ttl", ttl)
     if scope not in (None, "public"):
         raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
     if seconds == 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
+    browser_seconds = _seconds("browser_ttl", browser_ttl)
+    if browser_seconds % 1:
+        # RFC 9111, section 1.2.2.
+        raise ConfigurationError(f"@cached(browser_ttl=...) takes whole seconds, not {browser_ttl!r}")
     if not isinstance(body, bool):
         raise ConfigurationError(f"@cached(body=...) takes True or False, not {body!r}")
     told = Mark(
@@ -197,7 +201,7 @@ def cached(
         body=body,
         stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
         stale_if_error=_seconds("stale_if_error", stale_if_error),
-        browser_ttl=int(_seconds("browser_ttl", browser_ttl)),
+        browser_ttl=int(browser_seconds),
     )
 
     def mark(function: F) -> F:

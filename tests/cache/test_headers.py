@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import Annotated, Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import client
 
-from overdrive import Overdrive, SessionDep, Settings, cached, declare
+from overdrive import ConfigurationError, Overdrive, SessionDep, Settings, cached, declare
 from overdrive.cache.policy import with_vary
 from overdrive.config import CacheSettings
 from overdrive.testing import Clock
@@ -127,7 +128,7 @@ async def test_a_browser_has_a_time_of_its_own(service: Service) -> None:
         return 1
 
     @service.app.get("/keys")
-    @cached(browser_ttl=5.9)
+    @cached(browser_ttl=timedelta(seconds=5))
     async def keys(key: Any = key) -> int:
         return 1
 
@@ -156,6 +157,12 @@ async def test_a_browser_has_a_time_of_its_own(service: Service) -> None:
             # Its time begins with the answer: it is as right now as it was when it was stored.
             assert "age" not in answer.headers
         clock.tick(20)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5.9, timedelta(milliseconds=1)])
+def test_a_browser_counts_in_whole_seconds(seconds: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"@cached\(browser_ttl=\.\.\.\) takes whole seconds"):
+        cached(browser_ttl=seconds)
 
 
 async def test_without_it_browsers_ask_each_time(service: Service) -> None:

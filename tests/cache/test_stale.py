@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from support import Item, call, client, eventually, on_uvicorn, outside, recorded
 
-from overdrive import ConfigurationError, Overdrive, SessionDep, cached, declare
+from overdrive import ConfigurationError, Overdrive, SessionDep, SyncSessionDep, cached, declare
 from overdrive.cache.refresh import Refreshes
 from overdrive.context import current
 from overdrive.instrumentation.events import RequestEvent
@@ -166,6 +167,29 @@ async def test_a_refresh_in_a_mounted_app(service: Service) -> None:
         assert (await service.get("/mounted/in/1")).headers["cache-status"].endswith("detail=stale")
         await eventually(revalidated(service))
     assert (await service.get("/mounted/in/1")).headers["cache-status"] == "overdrive; hit; ttl=10"
+
+
+async def test_a_plain_function_behind_another_kind_of_middleware(sqlite_url: str) -> None:
+    async with serve(sqlite_url) as service:
+        threads: list[str] = []
+
+        @service.app.middleware("http")
+        async def passing(request: Request, call_next: Any) -> Response:
+            return await call_next(request)  # type: ignore[no-any-return]
+
+        @service.app.get("/plain")
+        @cached(ttl=10, stale_while_revalidate=30)
+        def plain(db: SyncSessionDep) -> list[str]:
+            threads.append(threading.current_thread().name)
+            return list(db.scalars(select(Item.name)))
+
+        clock = service.overdrive.cache.clock = Clock()
+        for _ in range(3):
+            assert (await service.get("/plain")).json() == ["first"]
+            await eventually(revalidated(service))
+            clock.tick(11)
+        assert len(threads) == 3
+        assert service.overdrive.sync_sessions().engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
 async def test_a_private_response_is_made_anew_for_who_it_belongs_to(service: Service) -> None:

@@ -25,7 +25,7 @@ _WEIGHT = re.compile(rb"q\s*=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)", re.IGNORECASE
 
 
 # A browser says the same in every request.
-@lru_cache(256)
+@lru_cache(64)
 def accepts_gzip(accept_encoding: bytes) -> bool:
     """Say whether a request takes gzip, and would not rather have the body as it is (RFC 9110, section 12.5.3).
 

@@ -210,7 +210,7 @@ class Exchange:
         if self._fallback is None or self._begun or context.wrote or context.refreshing:
             return False
         what = "raised" if error is not None else f"answered {status}"
-        logger.error("%s %s, and an expired response stands in for it", context.route, what, exc_info=error)
+        logger.error("%s %s, and an expired response stands in for it", self.policy.route, what, exc_info=error)
         self.entry, self._mark, self._is_over = self._fallback, "hit", True
         self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
         self._end(self._fallback)
