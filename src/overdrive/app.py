@@ -167,6 +167,7 @@ class Overdrive:
 
     async def aclose(self) -> None:
         """Close what Overdrive has opened, and write what is logged from now on at once."""
+        await self.cache.refreshes.aclose()
         for engine in self._owned:
             await engine.dispose()
         for sync_engine in self._owned_sync:

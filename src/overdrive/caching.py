@@ -11,17 +11,17 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, TypeAlias, get_args
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, params
 from fastapi.routing import APIRoute
 from fastapi.security.base import SecurityBase
 from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 
-from .cache.conditional import if_none_match
-from .cache.exchange import Exchange
-from .cache.key import KeyPlan, Shortcuts, key_of
+from .cache.exchange import Exchange, form_of, wishes_of
+from .cache.key import KeyPlan, Shortcuts, canonical_json, key_of
 from .cache.policy import Policy
 from .cache.tags import tag_of_tenant
 from .cache.values import key_of_call, tag_of_call
+from .config import CacheSettings
 from .context import RequestContext, current
 from .endpoint import (
     DECLARED,
@@ -41,27 +41,40 @@ logger = logging.getLogger("overdrive")
 #: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
 KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
 
+#: Bytes above which a body is not made a key of.
+_MOST_BODY = 65_536
+
 _OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory, ServedBy)
 
 
-def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:
-    """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
+def cache_route(
+    site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests, settings: CacheSettings
+) -> bool:
+    """Have a route answered from the cache, behind its dependencies; or say why not, and return False."""
     plan = key_plan(site, mark, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
-        return
+        return False
     calls = [dependant.call for dependant in site.dependencies()]
     # A route that is found by more than its address is found by the router alone.
     by_address = type(site.route.original_route).matches is APIRoute.matches
     alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
+    asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     policy = Policy(
         ttl,
         plan,
         site.template,
-        early=by_address and (mark.public or (alone and not plan.private)),
+        early=by_address and (mark.public or (alone and not plan.private)) and not plan.body,
+        stale_while_revalidate=mark.stale_while_revalidate,
+        stale_if_error=mark.stale_if_error,
+        cache_control=_cache_control(mark, plan),
+        vary=_vary(plan, gzip=settings.gzip, principal=bool(asking)),
+        # A browser would take it off its own time.
+        tells_age=not mark.browser_ttl,
+        gzip=settings.gzip,
+        hide_status=settings.hide_status,
         tags=mark.tags,
     )
-    asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     add_dependency(
         site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
     )
@@ -69,6 +82,29 @@ def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: Kn
     last = site.route.dependant.dependencies[-1]
     last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
+    return True
+
+
+def _cache_control(mark: Mark, plan: KeyPlan) -> bytes:
+    if mark.browser_ttl:
+        # A middleware may tell people apart, of which nothing is known here.
+        return (b"" if mark.public else b"private, ") + b"max-age=%d" % mark.browser_ttl
+    return b"private, no-cache" if plan.private else b"no-cache"
+
+
+def _vary(plan: KeyPlan, *, gzip: bool, principal: bool) -> tuple[bytes, ...]:
+    """Return the headers that tell a route's responses apart.
+
+    An underscore stands for a hyphen in what endpoints declare; few servers would let it pass.
+    """
+    names = {name for name in plan.headers if "_" not in name}
+    if plan.cookies or principal:
+        names.add("cookie")
+    if principal:
+        names.add("authorization")
+    if gzip:
+        names.add("accept-encoding")
+    return tuple(name.title().encode("latin-1") for name in sorted(names))
 
 
 def _is_of_pages(call: Any) -> bool:
@@ -88,7 +124,7 @@ def _look_up(
 
     async def look_up(request: Request, response: Response, **asking: Any) -> None:
         context = _context()
-        if request.method != "GET":
+        if request.method != ("POST" if plan.body else "GET"):
             return
         context.route, context.response = policy.route, response
         if context.exchange is None:
@@ -100,6 +136,9 @@ def _look_up(
                 context.reads.tags.add(tag_of_tenant(context.tenant))
 
     async def look_up_late(context: RequestContext, request: Request, asking: Iterable[Any]) -> None:
+        content = await request.body() if plan.body else b""
+        content_type = request.headers.get("content-type", "")
+        text = canonical_json(content_type, content) if len(content) <= _MOST_BODY else None
         key = key_of(
             plan,
             host=request.headers.get("host", ""),
@@ -109,16 +148,22 @@ def _look_up(
             cookies=[request.cookies.get(name) for name in plan.cookies],
             principals=[principal(value) for principal, value in zip(principals, asking, strict=True)],
             tenant=context.tenant,
+            body=(content_type, text or "") if plan.body else None,
         )
         if policy.early:
             shortcuts.add(request.scope, context.tenant, plan.headers, (policy, key, site.app))
-        exchange = context.exchange = Exchange(
-            context.runtime.cache, policy, key, context, if_none_match(request.scope["headers"])
-        )
+        wishes = wishes_of(request.scope["headers"])
+        if plan.body:
+            # It has no preconditions of this kind (RFC 9110, section 13.1.2).
+            wishes = wishes._replace(if_none_match=b"")
+        exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context, wishes)
+        exchange.body = content
         if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
             exchange.bypass("overridden-dependency")
         elif context.lacks_tenant:
             exchange.bypass("no-tenant")
+        elif plan.body and text is None:
+            exchange.bypass("body")
         else:
             await exchange.look_up()
 
@@ -150,13 +195,14 @@ def _stored_response() -> Response | None:
     entry = context.exchange.entry if context.exchange is not None else None
     if entry is None:
         return None
+    form = form_of(entry, context.exchange.wishes)
     # Headers that this request's dependencies have set are newer than those that were stored with the body. What
     # was not sent with the body is not sent now: an endpoint that returns a `Response` sends none of them.
-    stored = {name for name, _ in entry.headers}
+    stored = {name for name, _ in form.headers}
     fresh = [header for header in context.response.headers.raw if header[0] in stored]
     replaced = {name for name, _ in fresh}
-    response = Response(entry.body, entry.status)
-    response.raw_headers = [header for header in entry.headers if header[0] not in replaced] + fresh
+    response = Response(form.body, entry.status)
+    response.raw_headers = [header for header in form.headers if header[0] not in replaced] + fresh
     return response
 
 
@@ -178,6 +224,8 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
 
     database: the address of the default engine's, so that services that share a store do not share entries.
     """
+    if unfit := _unfit(site, mark):
+        return unfit
     headers: set[str] = set()
     cookies: set[str] = set()
     parameters: set[str] | None = set()
@@ -200,7 +248,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
             (cookies if read[0] == "cookie" else headers).add(read[1])
             if read[0] == "query":
                 parameters = None
-        elif unknowable := _unknowable(dependant):
+        elif unknowable := _unknowable(dependant, mark):
             return unknowable
         if parameters is not None:
             open_ended = any(map(_takes_others, dependant.query_params))
@@ -209,8 +257,20 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     names = frozenset(parameters) if parameters is not None else None
-    fingerprint = _fingerprint(site.route, mark, ttl, database)
-    return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names)
+    fingerprint = _fingerprint(site.route, (ttl, mark.browser_ttl, mark.tags), database)
+    return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names, mark.body)
+
+
+def _unfit(site: Site, mark: Mark) -> str | None:
+    """Say why a route's methods are none that are cached."""
+    methods = site.route.methods
+    if mark.body:
+        return None if methods == {"POST"} else "body=True is for routes that take POST alone: leave it out"
+    if "GET" in methods:
+        return None
+    if "POST" in methods:
+        return "a POST that only asks for something is cached by its body: say so by @cached(body=True)"
+    return "only GET is, and POST by @cached(body=True)"
 
 
 def _graph(site: Site, mark: Mark) -> Iterator[Any]:
@@ -268,7 +328,7 @@ def _credential(scheme: SecurityBase) -> tuple[str, str] | None:
     return "header", "authorization"
 
 
-def _unknowable(dependant: Any) -> str | None:
+def _unknowable(dependant: Any, mark: Mark) -> str | None:
     """Say why what a dependency takes cannot be put into a key."""
     name = getattr(dependant.call, "__name__", type(dependant.call).__name__)
     takes_all = dependant.request_param_name or dependant.http_connection_param_name
@@ -279,15 +339,17 @@ def _unknowable(dependant: Any) -> str | None:
         )
     if dependant.background_tasks_param_name:
         return f"{name}() takes BackgroundTasks, which a stored response would not start"
-    if dependant.body_params:
-        return f"{name}() reads the body"
+    if any(isinstance(parameter.field_info, params.Form) for parameter in dependant.body_params):
+        return f"{name}() reads a form or files, and a key is made of JSON alone: take a model as its body"
+    if dependant.body_params and not mark.body:
+        return f"{name}() reads the body, and only a POST is cached by it: @app.post and @cached(body=True)"
     for parameter in (*dependant.header_params, *dependant.cookie_params):
         if any(model.model_config.get("extra") == "allow" for model in _models(parameter.field_info.annotation)):
             return f"{name}() takes every header or cookie there is"
     return None
 
 
-def _fingerprint(route: Any, mark: Mark, ttl: float, database: str) -> str:
+def _fingerprint(route: Any, told: tuple[Any, ...], database: str) -> str:
     """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them."""
     model = route.response_model
     schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
@@ -300,9 +362,7 @@ def _fingerprint(route: Any, mark: Mark, ttl: float, database: str) -> str:
         route.response_model_exclude_none,
         route.status_code,
     )
-    return blake2b(
-        repr((database, route.path_format, schema, shape, ttl, mark.tags)).encode(), digest_size=8
-    ).hexdigest()
+    return blake2b(repr((database, route.path_format, schema, shape, told)).encode(), digest_size=8).hexdigest()
 
 
 def check_replaced_call() -> None:
@@ -310,7 +370,7 @@ def check_replaced_call() -> None:
     _app, site = specimen()
     dependant = site.route.dependant
     assert list(_names(dependant.query_params)) == ["q", "q"]
-    assert _unknowable(dependant) is None
+    assert _unknowable(dependant, Mark(None, public=False)) is None
     call = _answered_from_cache(site.route.dependant.call)
     site.route.dependant.call = call
     assert next(sites(_app)).route.dependant.call is call

@@ -48,6 +48,8 @@ class CacheSettings(BaseModel):
     max_bytes: what entries in the process may take in all; left out, a sixteenth of the memory the process may use.
         What is asked for often stays.
     max_body: bytes above which a body is sent but not stored.
+    gzip: whether texts of 1 KiB and more are kept as gzip too, for clients that take it.
+    hide_status: leave Cache-Status and X-Cache out of what clients are sent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +59,8 @@ class CacheSettings(BaseModel):
     prefix: str = Field("overdrive", min_length=1)
     max_bytes: int | None = Field(None, ge=1)
     max_body: int = Field(1_048_576, ge=1)
+    gzip: bool = True
+    hide_status: bool = False
 
 
 class LogSettings(BaseModel):

@@ -65,6 +65,7 @@ class RequestContext:
         "pool_wait",
         "query",
         "reads",
+        "refreshing",
         "request_id",
         "response",
         "route",
@@ -114,6 +115,8 @@ class RequestContext:
         #: The cache's write clock when the request came in, and the request's passage through the cache.
         self.instant: Any = None
         self.exchange: Any = None
+        #: Whether this is a request once more, behind an answer that has expired, to make it anew.
+        self.refreshing = False
         #: Tags this request's committed or open transactions have written.
         self.wrote: set[str] = set()
         #: What `bind` added, for every record and the event.

@@ -3,6 +3,7 @@
 Annotations here are read by FastAPI at run time, so this module does not postpone them.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -158,6 +159,10 @@ def cached(
     ttl: float | timedelta | None = None,
     scope: Literal["public"] | None = None,
     tags: Collection[str] = (),
+    body: bool = False,
+    stale_while_revalidate: float | timedelta = 0,
+    stale_if_error: float | timedelta = 0,
+    browser_ttl: float | timedelta = 0,
 ) -> Callable[[F], F]: ...
 def cached(
     endpoint: Any = None,
@@ -166,6 +171,10 @@ def cached(
     ttl: float | timedelta | None = None,
     scope: Literal["public"] | None = None,
     tags: Collection[str] = (),
+    body: bool = False,
+    stale_while_revalidate: float | timedelta = 0,
+    stale_if_error: float | timedelta = 0,
+    browser_ttl: float | timedelta = 0,
 ) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
@@ -175,36 +184,75 @@ def cached(
         route's dependencies read the identity of, and they run first.
     tags: names of one's own that outdate the responses, besides what they read: `await cache.invalidate("catalogue")`
         drops what `tags=["catalogue"]` has marked, for all tenants.
+    body: a POST is cached too, by its body of JSON: it asks for something, as a search does. One that has written is
+        never stored.
+    stale_while_revalidate: seconds after its end in which a response is served yet, while the request is run once
+        more to make it anew (RFC 5861, section 3). What a middleware opens for the time of a request, and puts into
+        its scope, is closed by then.
+    stale_if_error: seconds after its end in which a response stands in for an exception, or for a 500, 502, 503 or
+        504 (RFC 5861, section 4).
+    browser_ttl: whole seconds for which a browser need not ask again, whatever is written meanwhile; so may caches on
+        the way, if the scope is "public". Left out, a browser asks each time, and is told if it has it already. An
+        endpoint's own `Cache-Control` wins over both.
 
-    It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
-    `ConfigurationError` for a `ttl` that is not positive, and for tags that are no names.
+    What a write has outdated is served in none of these windows. What clients say in `Cache-Control` is not heeded:
+    who asks the database is not up to them. It marks the endpoint and returns it unchanged, so it may stand above or
+    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, for times that are
+    none, and for tags that are no names.
     """
-    seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    seconds = None if ttl is None else _seconds("ttl", ttl)
     if scope not in (None, "public"):
         raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
-    if seconds is not None and not seconds > 0:
+    if seconds == 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
-
-    own = tuple(tags_of(tags))
+    browser_seconds = _seconds("browser_ttl", browser_ttl)
+    if browser_seconds % 1:
+        # RFC 9111, section 1.2.2.
+        raise ConfigurationError(f"@cached(browser_ttl=...) takes whole seconds, not {browser_ttl!r}")
+    if not isinstance(body, bool):
+        raise ConfigurationError(f"@cached(body=...) takes True or False, not {body!r}")
+    told = Mark(
+        ttl=seconds,
+        public=scope == "public",
+        tags=tuple(tags_of(tags)),
+        body=body,
+        stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
+        stale_if_error=_seconds("stale_if_error", stale_if_error),
+        browser_ttl=int(browser_seconds),
+    )
 
     def mark(function: F) -> F:
         if not callable(function):
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, Mark(seconds, scope == "public", own))
+        setattr(function, CACHED, told)
         return function
 
     return mark if endpoint is None else mark(endpoint)
 
 
+def _seconds(name: str, value: float | timedelta) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        least = "a positive" if name == "ttl" else "a"
+        raise ConfigurationError(
+            f"@cached({name}=...) takes {least} number of seconds, or a timedelta that is not negative, not {value!r}"
+        )
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, whose responses are, tags."""
+    """What `cached` was told of an endpoint, in seconds; a `ttl` of None is the setting's."""
 
     ttl: float | None
     public: bool
     tags: tuple[str, ...] = ()
+    body: bool = False
+    stale_while_revalidate: float = 0
+    stale_if_error: float = 0
+    browser_ttl: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+from dataclasses import replace
 from multiprocessing import parent_process
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +69,9 @@ class Installation:
         self._prepared: dict[int, Any] = {}
         #: By the id of an endpoint: it need not be hashable.
         self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
+        #: The ids of the dependants of cached routes; and all routes in their order: addresses, methods, is it cached.
+        self._cached: set[int] = set()
+        self._served: list[tuple[re.Pattern[str], frozenset[str], bool]] = []
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
         app.build_middleware_stack = self._stack  # type: ignore[method-assign]
@@ -164,6 +168,17 @@ class Installation:
         # An override, of a test say, is asked where dependencies are resolved.
         return (known[0], known[1]) if known is not None and not known[2].dependency_overrides else None
 
+    def has_head_of_get(self, path: str) -> bool:
+        """Say whether a HEAD is answered as its GET: if the route of that is cached, and none declares the HEAD.
+
+        path: what was asked for, without the scope's root path.
+        """
+        if not self._cached:
+            return False
+        served = [(methods, cached) for pattern, methods, cached in self._served if pattern.fullmatch(path)]
+        by_get = [cached for methods, cached in served if "GET" in methods]
+        return by_get[:1] == [True] and not any("HEAD" in methods for methods, _ in served)
+
     @property
     def cache(self) -> Cache:
         """Return the runtime's cache."""
@@ -191,8 +206,8 @@ class Installation:
             self._installed = True
 
     def _prepare_all(self) -> None:
-        found = list(sites(self.app)) if works(check_walk) else []
-        found = [site for site in found if id(site.route.dependant) not in self._prepared]
+        every = list(sites(self.app)) if works(check_walk) else []
+        found = [site for site in every if id(site.route.dependant) not in self._prepared]
         for site in found:
             refuse_misuse(site)
             if PROCESS_KEY in self.cursor_keys:
@@ -200,6 +215,14 @@ class Installation:
         for site in found:
             self._prepared[id(site.route.dependant)] = site.route.dependant
             self._prepare(site)
+        self._served = [
+            (
+                compile_path(site.template)[0],
+                frozenset(site.route.methods or ()),
+                id(site.route.dependant) in self._cached,
+            )
+            for site in every
+        ]
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_request_errors(mounted)
 
@@ -225,8 +248,17 @@ class Installation:
         if works(check_added_dependency) and works(check_replaced_call):
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
+            ttl, settings = mark.ttl or self.runtime.cache.ttl, self.runtime.settings.cache
+            if mark.browser_ttl and self.runtime.tenant is not None:
+                logger.warning(
+                    "%s has a browser_ttl, and the app has tenants, of whom a browser may show one what another has "
+                    "been answered: it asks each time",
+                    site.name,
+                )
+                mark = replace(mark, browser_ttl=0)
             try:
-                cache_route(site, mark, mark.ttl or self.runtime.cache.ttl, database, self._shortcuts)
+                if cache_route(site, mark, ttl, database, self._shortcuts, settings):
+                    self._cached.add(id(site.route.dependant))
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 

@@ -7,6 +7,7 @@ alike, and the request's event sees what they did.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import os
@@ -18,14 +19,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .cache.conditional import if_none_match
-from .cache.exchange import Exchange, replayed
+from .cache.exchange import Exchange, replayed, wishes_of
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
     from .cache.entry import Entry
+    from .cache.policy import Policy
     from .installer import Installation
 
 request_log = logging.getLogger("overdrive.request")
@@ -62,14 +63,15 @@ class Observer:
         known = self._installation.known(scope, None) if self._is_innermost else None
         entry = self._installation.cache.held(known[1]) if known is not None else None
         if known is not None and entry is not None:
-            await self._answer(known[0].route, entry, scope, receive, send)
+            await self._answer(known[0], entry, scope, receive, send)
         else:
             await self._serve(self.app, scope, receive, send)
 
-    async def _answer(self, route: str | None, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, policy: Policy, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer from the cache at once: there is nothing between here and the router that should have a look."""
         installation = self._installation
-        start, body = replayed(entry, installation.cache.clock(), if_none_match(scope["headers"]))
+        start, body = replayed(entry, policy, installation.cache.clock(), wishes_of(scope["headers"]))
+        route = policy.route
         _tell_route(scope, route)
         if not self._is_heard():
             start["headers"].append((installation.request_id_header, _new_id().encode()))
@@ -205,6 +207,11 @@ class RequestPath:
         # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
         # looked for here.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] == "http" and scope["method"] == "HEAD" and self._installation.has_head_of_get(path):
+            # A copy, as the server looks at its own for the method.
+            scope, send = {**scope, "method": "GET", "extensions": {}}, _without_body(send)
+        # As it came: the router notes in the other where it leads to.
+        asked = dict(scope)
         try:
             if scope["type"] == "http":
                 await self._serve(context, scope, receive, send)
@@ -212,19 +219,21 @@ class RequestPath:
                 await self.app(scope, receive, send)
         finally:
             context.route = context.route or self._installation.route_of(scope, path)
+            if context.exchange is not None and context.exchange.is_stale:
+                self._refresh(context.exchange, asked)
 
     async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         context.tenant = self._installation.tenant_of(scope)
         if (known := self._installation.known(scope, context.tenant)) is not None:
             policy, key = known
-            exchange = Exchange(self._installation.cache, policy, key, context, if_none_match(scope["headers"]))
+            exchange = Exchange(self._installation.cache, policy, key, context, wishes_of(scope["headers"]))
             await exchange.look_up()
+            context.exchange = exchange
             if exchange.entry is not None:
                 context.route = policy.route
                 _tell_route(scope, policy.route)
                 await exchange.answer(send)
                 return
-            context.exchange = exchange
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
@@ -232,15 +241,68 @@ class RequestPath:
         except CommitFailed as failed:
             failure = failed.error
         except Exception as error:
-            if context.exchange is not None:
-                context.exchange.fail(error)
-            raise
+            if context.exchange is None:
+                raise
+            context.exchange.fail(error)
+            await guard.abandon()
+            if not await context.exchange.stand_in(500, error, send):
+                raise
         finally:
             await guard.abandon()
             if context.exchange is not None:
                 context.exchange.leave()
-        if failure is not None:
+        if failure is None:
+            return
+        if context.exchange is None or not await context.exchange.stand_in(500, failure, send):
             await _answer(failure, scope, receive, send)
+
+    def _refresh(self, exchange: Exchange, scope: Scope) -> None:
+        """Have the response that was served, and has expired, made anew."""
+        again = functools.partial(self._serve_again, scope, exchange.body)
+        self._installation.cache.refreshes.start(exchange.key, exchange.policy.route, again)
+
+    async def _serve_again(self, scope: Scope, body: bytes) -> int | None:
+        """Serve a request once more, for nobody but the cache, and return the response's status.
+
+        Whatever the app's own middlewares have found out about it is still in the scope and in context variables. It
+        has a context of its own, and no event: nobody has asked for it.
+        """
+        # What comes with the server's own send is of no use here.
+        scope = {**scope, "extensions": {}}
+        if "state" in scope:
+            scope["state"] = scope["state"].copy()
+        context = _context_of(scope, self._installation)
+        context.refreshing = True
+        self._installation.begin(context)
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                context.status = message["status"]
+
+        with serving(context):
+            await self._serve(context, scope, _client_with(body), told)
+        return context.status
+
+
+def _client_with(body: bytes) -> Receive:
+    """Return a client that sends `body`, and then stays for the answer."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    return receive
+
+
+def _without_body(send: Send) -> Send:
+    """Return what sends the answer to a GET as that to a HEAD (RFC 9110, section 9.3.2)."""
+
+    async def headers_only(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return headers_only
 
 
 def _recorded(context: RequestContext, send: Send) -> Send:

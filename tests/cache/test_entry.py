@@ -7,13 +7,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from overdrive.cache.entry import FORMAT, Entry, State, decode, encode
+from overdrive.cache.entry import FORMAT, Entry, Form, State, decode, encode
 
 ENTRY = Entry(FORMAT, "f", "epoch", {"default/items": 3, "default/*": 0}, 100.0, 60.0, 200, [(b"a", b"b")], b"body")
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 stamps = st.integers(0, 2**53)
 seconds = st.floats(0, 1e12)
+headers = st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=3)
 entries = st.builds(
     Entry,
     format=st.just(FORMAT),
@@ -23,8 +24,9 @@ entries = st.builds(
     created=seconds,
     ttl=seconds,
     status=st.integers(100, 599),
-    headers=st.lists(st.tuples(st.binary(max_size=8), st.binary(max_size=8)), max_size=3),
+    headers=headers,
     body=st.binary(max_size=50),
+    gzipped=st.none() | st.builds(Form, headers=headers, body=st.binary(max_size=50)),
 )
 
 

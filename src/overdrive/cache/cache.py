@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import msgspec
 
-from .conditional import Header, with_etag
-from .entry import FORMAT, Entry, Instant, State
+from .conditional import Header
+from .entry import FORMAT, Entry, Form, Instant, State
 from .flight import Flight, Flights, Landed, Landing, patience
 from .invalidation import Invalidator
+from .refresh import Refreshes
 from .store import NOBODY_WAITS, Claim, Found, Store, StoreUnavailable
 from .tags import tag_of_tenant, tags_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
@@ -44,6 +45,7 @@ class Turn(NamedTuple):
     instant: the clock before anything the caller may read.
     state: what the entry that was found is worth; None where there was none.
     entry: what answers; None where the caller is to make it.
+    expired: the entry that would answer, if it were not past its time to live.
     flight: whom the caller makes it for, too; what it brings ends it.
     collapsed: whether the entry was made meanwhile, for another request.
     """
@@ -51,6 +53,7 @@ class Turn(NamedTuple):
     instant: Instant
     state: State | None
     entry: Entry | None
+    expired: Entry | None = None
     flight: Flight | None = None
     collapsed: bool = False
 
@@ -85,6 +88,7 @@ class Cache:
         self.clock = clock
         self.invalidator = Invalidator(store)
         self.flights = Flights()
+        self.refreshes = Refreshes()
         self._values = Values(self)
         self._complained: set[tuple[str | None, str]] = set()
 
@@ -178,7 +182,7 @@ class Cache:
             exchange.bypass("off")
             return
         try:
-            turn = await self.find(exchange.key, exchange.policy.plan.fingerprint)
+            turn = await self.find(exchange.key, exchange.policy.plan.fingerprint, exchange.stale)
         except StoreUnavailable:
             # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
@@ -192,8 +196,10 @@ class Cache:
         entry = self.store.held(key)
         return entry if entry is not None and self.clock() - entry.created < entry.ttl else None
 
-    async def find(self, key: str, fingerprint: str) -> Turn:
+    async def find(self, key: str, fingerprint: str, stale: float = 0) -> Turn:
         """Return what answers, or whose turn it is to make it; all who ask at once get it from one execution.
+
+        stale: seconds after its end in which an entry that nothing has outdated answers, too.
 
         Raises what that execution has raised, and `StoreUnavailable`.
         """
@@ -201,7 +207,7 @@ class Cache:
         until: float | None = None
         while True:
             turn = self._judged(await self.store.load(key, fingerprint))
-            if turn.entry is not None:
+            if turn.entry is not None or self._is_late_by_less(turn.expired, stale):
                 return turn
             until = until or patience()
             flight, leads = self.flights.join((key, fingerprint), turn.instant)
@@ -218,7 +224,12 @@ class Cache:
     def _judged(self, found: Found) -> Turn:
         entry, instant, versions = found
         state = None if entry is None else entry.state(self.clock(), instant.epoch, versions)
+        if state is State.EXPIRED:
+            return Turn(instant, state, None, expired=entry)
         return Turn(instant, state, entry if state is State.FRESH else None)
+
+    def _is_late_by_less(self, entry: Entry | None, stale: float) -> bool:
+        return entry is not None and self.clock() - entry.created - entry.ttl < stale
 
     async def _take_off(self, flight: Flight, turn: Turn, key: str, fingerprint: str, until: float) -> Turn:
         """Let the caller make the entry, unless another process does."""
@@ -257,8 +268,11 @@ class Cache:
                 pause = min(2 * pause, _LONGEST_PAUSE)
             claim = await self.store.claim(key, fingerprint, "" if claim.holder else token) or claim
 
-    async def fill(self, exchange: Exchange, body: bytes) -> Landing:
-        """Store a response, unless something it read has been written since; return what others get of it."""
+    async def fill(self, exchange: Exchange, headers: list[Header], body: bytes, form: Form | None = None) -> Landing:
+        """Store a response, unless something it read has been written since; return what others get of it.
+
+        form: its body as gzip, if it was made.
+        """
         instant, policy = exchange.instant, exchange.policy
         if instant is None:
             return Landed.ALONE
@@ -268,8 +282,10 @@ class Cache:
             instant,
             exchange.context.reads.tags,
             policy.ttl,
-            headers=with_etag(exchange.headers, body),
+            headers=headers,
             body=body,
+            form=form,
+            keep_for=policy.kept_for,
             flight=exchange.flight,
         )
 
@@ -283,21 +299,26 @@ class Cache:
         *,
         headers: list[Header],
         body: bytes,
+        form: Form | None = None,
+        keep_for: float | None = None,
         flight: Flight | None,
     ) -> Landing:
         """Store what was read after `instant`, unless one of its tags was written since; return what others get of it.
 
+        keep_for: seconds after which it is of no use, if not at the end of its time to live.
+
         Those who joined the flight asked before that write, so they get what is not stored, too, unless some of it
         was read before the flight began.
         """
-        entry = Entry(FORMAT, fingerprint, instant.epoch, dict.fromkeys(tags, 0), self.clock(), ttl, 200, headers, body)
+        unstamped = dict.fromkeys(tags, 0)
+        entry = Entry(FORMAT, fingerprint, instant.epoch, unstamped, self.clock(), ttl, 200, headers, body, form)
         not_kept = entry if flight is not None and flight.instant == instant else Landed.NOWHERE
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
                 return not_kept
             entry = msgspec.structs.replace(entry, versions=versions)
-            await self.store.save(key, entry, ttl)
+            await self.store.save(key, entry, keep_for or ttl)
         except StoreUnavailable:
             return not_kept
         return entry

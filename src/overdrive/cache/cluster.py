@@ -1,6 +1,6 @@
 """Entries and versions in Redis Cluster: a store over many servers, each of which has a share of the keys.
 
-The clock, the tags and the leases lie in one slot, which their hash tag names: `{overdrive}:clock`, `{overdrive}:tag:*`. So one
+The clock, the tags and the leases lie in one slot, which their hash tag names: `{overdrive}:clock` and so on. So one
 node has them all, one MGET reads them as of one moment, and the scripts move them together. The entries are spread
 over the slots of all nodes (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/).
 

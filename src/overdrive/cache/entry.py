@@ -11,7 +11,7 @@ import msgspec
 from .conditional import Header
 
 #: The first element of the written form; another number is another release's, and a miss.
-FORMAT = 1
+FORMAT = 2
 
 
 class State(Enum):
@@ -35,12 +35,20 @@ class Instant(NamedTuple):
     now: int
 
 
+class Form(msgspec.Struct, frozen=True, array_like=True):
+    """A body in another content coding, with the headers it is sent with."""
+
+    headers: list[Header]
+    body: bytes
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A response as it was sent, and what it depends on.
 
     created, ttl: seconds on the cache's clock.
     versions: for each tag that was read, the write it was last named by.
     fingerprint: of the schema and policy it was made under.
+    gzipped: its gzip form, if one was made.
     """
 
     format: int
@@ -52,6 +60,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
     status: int
     headers: list[Header]
     body: bytes
+    gzipped: Form | None = None
 
     def state(self, now: float, epoch: str, versions: Mapping[str, int]) -> State:
         """Judge the entry by the clock, and by the epoch and versions of its tags as they are now."""

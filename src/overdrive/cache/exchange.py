@@ -3,40 +3,77 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from overdrive.context import RequestContext
 
-from .conditional import Header, is_current, not_modified, with_etag
-from .entry import Entry, Instant
+from .coding import accepts_gzip, gzipped, is_worth_it
+from .conditional import Header, held_tag, not_modified, with_etag
+from .entry import Entry, Form, Instant
 from .flight import Flight, Landed, Landing
-from .policy import Policy, reason_not_to_store
+from .http import is_error
+from .policy import Policy, reason_not_to_store, with_vary
 
 if TYPE_CHECKING:
     from .cache import Cache, Turn
+
+logger = logging.getLogger("overdrive")
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 
 
-def replayed(entry: Entry, now: float, if_none_match: bytes, said: bytes = b"") -> tuple[Message, Message]:
+class Wishes(NamedTuple):
+    """What a request says of the form of its answer.
+
+    if_none_match: the header of this name.
+    gzip: whether it takes gzip.
+    """
+
+    if_none_match: bytes = b""
+    gzip: bool = False
+
+
+_NO_WISHES = Wishes()
+_TAKES_GZIP = Wishes(gzip=True)
+
+
+def wishes_of(headers: Iterable[Header]) -> Wishes:
+    """Read a request's headers. Its `Cache-Control` is none of them: who may ask the database is not up to a client."""
+    known = codings = b""
+    for name, value in headers:
+        if name == b"if-none-match":
+            known = known + b", " + value if known else value
+        elif name == b"accept-encoding":
+            codings = codings + b", " + value if codings else value
+    # Mostly it is one of two.
+    wishes = _TAKES_GZIP if accepts_gzip(codings) else _NO_WISHES
+    return wishes._replace(if_none_match=known) if known else wishes
+
+
+def form_of(entry: Entry, wishes: Wishes) -> Entry | Form:
+    """Return the form of an entry's body that answers a request."""
+    return entry.gzipped if wishes.gzip and entry.gzipped is not None else entry
+
+
+def replayed(entry: Entry, policy: Policy, now: float, wishes: Wishes, said: bytes = b"") -> tuple[Message, Message]:
     """Return the messages of a response that is answered from an entry.
 
     now: on the cache's clock.
-    if_none_match: the request's header of this name.
     said: what Cache-Status says of it, if not that it is a hit.
     """
-    age = max(0, int(now - entry.created))
-    headers = [
-        *entry.headers,
-        (b"age", b"%d" % age),
-        (b"cache-status", said or b"overdrive; hit; ttl=%d" % (entry.created + entry.ttl - now)),
-        (b"x-cache", b"hit"),
-    ]
-    status, body = entry.status, entry.body
-    if if_none_match and is_current(if_none_match, headers):
-        status, headers, body = 304, not_modified(headers), b""
+    form = form_of(entry, wishes)
+    headers = [*form.headers]
+    if policy.tells_age:
+        headers.append((b"age", b"%d" % max(0, int(now - entry.created))))
+    if not policy.hide_status:
+        headers.append((b"cache-status", said or b"overdrive; hit; ttl=%d" % (entry.created + entry.ttl - now)))
+        headers.append((b"x-cache", b"hit"))
+    status, body = entry.status, form.body
+    if wishes.if_none_match and (tag := held_tag(wishes.if_none_match, headers)) is not None:
+        status, headers, body = 304, not_modified(headers, tag), b""
     start = {"type": "http.response.start", "status": status, "headers": headers}
     return start, {"type": "http.response.body", "body": body}
 
@@ -44,37 +81,43 @@ def replayed(entry: Entry, now: float, if_none_match: bytes, said: bytes = b"") 
 class Exchange:
     """One request to a cached route, from its look-up to its storing.
 
-    if_none_match: the request's header of this name.
-
     The headers it adds are `Cache-Status` (RFC 9211), `X-Cache` (hit, miss or bypass), `Age` on a hit
-    (RFC 9111, section 5.1), a strong `ETag` (RFC 9110, section 8.8.3), and a `Cache-Control` that keeps browsers
-    asking, where the endpoint sets none.
+    (RFC 9111, section 5.1), a strong `ETag` (RFC 9110, section 8.8.3), `Vary`, and where the endpoint sets none
+    a `Cache-Control` that keeps browsers asking.
     """
 
     __slots__ = (
+        "_begun",
         "_cache",
         "_chunks",
-        "_if_none_match",
+        "_fallback",
+        "_held",
+        "_is_over",
         "_mark",
-        "_not_modified",
         "_start",
         "_status",
         "_storing",
+        "body",
         "context",
         "entry",
         "flight",
         "headers",
         "instant",
+        "is_stale",
         "key",
         "policy",
+        "wishes",
     )
 
     def __init__(
-        self, cache: Cache, policy: Policy, key: str, context: RequestContext, if_none_match: bytes = b""
+        self, cache: Cache, policy: Policy, key: str, context: RequestContext, wishes: Wishes = _NO_WISHES
     ) -> None:
         self.policy = policy
         self.key = key
         self.context = context
+        self.wishes = wishes
+        #: The request's own body, where it is part of the key.
+        self.body = b""
         #: The instant before the first read of this request; a fill is refused what was written after it.
         self.instant: Instant | None = context.instant
         #: The response's headers, as they are stored.
@@ -83,12 +126,18 @@ class Exchange:
         self.entry: Entry | None = None
         #: Whom this request makes its response for, too.
         self.flight: Flight | None = None
+        #: Whether that has expired, and is to be made anew.
+        self.is_stale = False
         self._cache = cache
-        self._if_none_match = if_none_match
         self._mark = "bypass"
         self._status = ""
         self._start: Message | None = None
-        self._not_modified = False
+        self._begun = False
+        #: What stands in for an error, and whether it does.
+        self._fallback: Entry | None = None
+        self._is_over = False
+        #: The tag under which the client has the response already.
+        self._held: bytes | None = None
         self._storing = False
         self._chunks: list[bytes] = []
 
@@ -109,6 +158,8 @@ class Exchange:
         self.flight = turn.flight
         if turn.entry is not None:
             self.hit(turn.entry, now, collapsed=turn.collapsed)
+        elif turn.expired is not None and self._expired(turn.expired, now):
+            return
         elif turn.state is None:
             self.miss("uri-miss")
         else:
@@ -125,7 +176,27 @@ class Exchange:
     def hit(self, entry: Entry, now: float, *, collapsed: bool = False) -> None:
         """Note that the cache had the answer, or got it meanwhile for another request."""
         self.entry, self._mark = entry, "hit"
-        self._status = "fwd=uri-miss; collapsed" if collapsed else f"hit; ttl={int(entry.created + entry.ttl - now)}"
+        if collapsed:
+            self._status = "fwd=uri-miss; collapsed"
+        else:
+            # Below zero it says how long it has been stale (RFC 9211, section 2.4).
+            left = (entry.created + entry.ttl - now) // 1
+            self._status = f"hit; ttl={left:.0f}" + "; detail=stale" * self.is_stale
+
+    @property
+    def stale(self) -> float:
+        """Seconds after its end in which an entry answers this request."""
+        return 0 if self.context.refreshing else self.policy.stale_while_revalidate
+
+    def _expired(self, entry: Entry, now: float) -> bool:
+        """Take an entry that has expired, if it answers yet, and say whether; or have it ready for an error."""
+        late = now - entry.created - entry.ttl
+        if late < self.policy.stale_if_error:
+            self._fallback = entry
+        self.is_stale = late < self.stale
+        if self.is_stale:
+            self.hit(entry, now)
+        return self.is_stale
 
     # What the response passes
 
@@ -133,13 +204,34 @@ class Exchange:
         """Send the response that the look-up has found."""
         assert self.entry is not None
         self.context.cache_status = self._mark
-        for message in replayed(self.entry, self._cache.clock(), self._if_none_match, self._said()):
+        for message in replayed(self.entry, self.policy, self._cache.clock(), self.wishes, self._said()):
             await send(message)
+
+    async def stand_in(self, status: int, error: Exception | None, send: Send) -> bool:
+        """Answer with an expired entry in place of an error, if there is one for it, and say whether.
+
+        error: what was raised, if the status was not answered but is what becomes of that.
+        """
+        context = self.context
+        # Whoever refreshes has nobody to answer, and must know.
+        if self._fallback is None or self._begun or context.wrote or context.refreshing:
+            return False
+        what = "raised" if error is not None else f"answered {status}"
+        logger.error("%s %s, and an expired response stands in for it", self.policy.route, what, exc_info=error)
+        self.entry, self._mark, self._is_over = self._fallback, "hit", True
+        self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
+        self._end(self._fallback)
+        await self.answer(send)
+        return True
 
     async def send(self, message: Message, send: Send) -> None:
         """Send a message of the response on, marked, and keep what is to be kept."""
+        if self._is_over:
+            return
         match message["type"]:
             case "http.response.start":
+                if is_error(message["status"]) and await self.stand_in(message["status"], None, send):
+                    return
                 self._start = message
                 if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
                     await self._begin(send, None)
@@ -156,10 +248,11 @@ class Exchange:
     async def _begin(self, send: Send, body: bytes | None) -> None:
         start, self._start = self._start, None
         assert start is not None
+        self._begun = True
         headers = self._marked(start["status"], list(start.get("headers", ())), body)
-        if self._not_modified:
-            headers = not_modified(headers)
-        await send({**start, "status": 304 if self._not_modified else start["status"], "headers": headers})
+        if self._held is not None:
+            headers = not_modified(headers, self._held)
+        await send({**start, "status": start["status"] if self._held is None else 304, "headers": headers})
 
     def _marked(self, status: int, own: list[Header], body: bytes | None) -> list[Header]:
         """Return the response's headers as they are to be sent, and decide whether it will be stored.
@@ -172,22 +265,23 @@ class Exchange:
             self.entry = None
             self.bypass("status")
         self.context.cache_status = self._mark
+        sent = with_vary(sent, self.policy.vary)
         if self.entry is not None:
-            sent.append((b"age", b"%d" % max(0, int(self._cache.clock() - self.entry.created))))
+            if self.policy.tells_age:
+                sent.append((b"age", b"%d" % max(0, int(self._cache.clock() - self.entry.created))))
         else:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
-                sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
+                sent.append((b"cache-control", self.policy.cache_control))
             if self._mark == "miss":
                 self._decide(status, own)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
                 self.headers = list(sent)
-        self._not_modified = status == 200 and body is not None and is_current(self._if_none_match, sent)
-        return [
-            *sent,
-            (b"cache-status", self._said()),
-            (b"x-cache", self._mark.encode()),
-        ]
+        if status == 200 and body is not None:
+            self._held = held_tag(self.wishes.if_none_match, sent)
+        if not self.policy.hide_status:
+            sent += [(b"cache-status", self._said()), (b"x-cache", self._mark.encode())]
+        return sent
 
     def _said(self) -> bytes:
         return f"overdrive; {self._status}".encode()
@@ -214,7 +308,7 @@ class Exchange:
     async def _pass_on(self, message: Message, chunk: bytes, more: bool, send: Send) -> None:
         if self._storing:
             self._chunks.append(chunk)
-        message = {**message, "body": b""} if self._not_modified else message
+        message = message if self._held is None else {**message, "body": b""}
         if more or self.flight is None or not (self.flight.awaited or self.flight.lease):
             await send(message)
             if not more:
@@ -231,11 +325,16 @@ class Exchange:
         """Store the response, now that all of it is there, and share it with those who wait."""
         if self._storing:
             self._storing = False
-            self._end(await self._cache.fill(self, b"".join(self._chunks)))
+            body = b"".join(self._chunks)
+            headers = with_etag(self.headers, body)
+            form: Form | None = None
+            if self.policy.gzip and self.wishes.gzip and is_worth_it(headers, body):
+                form = await gzipped(headers, body)
+            self._end(await self._cache.fill(self, headers, body, form))
 
     def fail(self, error: Exception) -> None:
         """Share what the endpoint has raised with those who wait."""
-        self._end(error)
+        self._end(self._fallback or error)
 
     def leave(self) -> None:
         """Let somebody else take over, if this request was to answer others and has not."""

@@ -460,7 +460,7 @@ def selected(request: Fields, response: Stored, headers: list[Header]) -> tuple[
     headers: the stored response's, as they are sent.
     """
     if is_not_modified(request, response):
-        return 304, not_modified(headers), b""
+        return 304, not_modified(headers, response.tag or b""), b""
     if b"range" not in request:
         return response.status, headers, response.body
     asked_for = part(request, response)

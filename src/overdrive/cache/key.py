@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qsl
@@ -22,6 +24,7 @@ class KeyPlan:
     cookies: names of the cookies it reads.
     private: whether one of them says who is asking.
     parameters: names of the query parameters it reads; None where it may read all of them.
+    body: whether it reads a body of JSON.
     """
 
     fingerprint: str
@@ -29,6 +32,7 @@ class KeyPlan:
     cookies: tuple[str, ...] = ()
     private: bool = False
     parameters: frozenset[str] | None = None
+    body: bool = False
 
 
 def key_of(
@@ -41,6 +45,7 @@ def key_of(
     cookies: Sequence[str | None],
     principals: Sequence[str | int | None] = (),
     tenant: str | None = None,
+    body: tuple[str, str] | None = None,
 ) -> str:
     """Return the key as 32 hexadecimal digits.
 
@@ -48,13 +53,40 @@ def key_of(
     headers, cookies: the values of the plan's names, None where the request has none.
     principals: who is asking, by each of the route's dependencies that says so.
     tenant: whose data the request is about, where an app has several.
+    body: its content type, and its canonical form.
     """
     parameters = parse_qsl(query, keep_blank_values=True)
     if plan.parameters is not None:
         parameters = [pair for pair in parameters if pair[0] in plan.parameters]
     parameters.sort(key=lambda pair: pair[0])
-    parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies, principals, tenant)
+    parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies, principals, tenant, body)
     return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
+
+
+def canonical_json(content_type: str, body: bytes) -> str | None:
+    """Return one text for all JSON bodies that differ in nothing but white space, escapes and the order of members.
+
+    None for what is no JSON, or is read in more than one way: a name that comes twice, or what is no number
+    (RFC 8259, sections 4 and 6). Numbers are told apart by how they are written, since an endpoint may do so.
+    """
+    main, _, sub = content_type.partition(";")[0].strip().lower().partition("/")
+    if main != "application" or not (sub == "json" or sub.endswith("+json")):
+        return None
+    try:
+        value = json.loads(body, object_pairs_hook=_ordered, parse_float=Decimal, parse_constant=_refused)
+        return ascii(value)
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
+
+
+def _ordered(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(members)) < len(members):
+        raise ValueError("a name comes twice")
+    return dict(sorted(members, key=lambda member: member[0]))
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(constant)
 
 
 class Shortcuts(Generic[V]):

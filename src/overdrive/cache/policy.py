@@ -20,6 +20,13 @@ class Policy:
     route: its template.
     early: whether nothing but its parameters has a say in who gets them, so that a hit may be served before the
         route's dependencies are resolved.
+    stale_while_revalidate: seconds after its end in which an entry is served while it is made anew (RFC 5861).
+    stale_if_error: seconds after its end in which an entry stands in for an error (RFC 5861).
+    cache_control: what is said of it to clients, where the endpoint says nothing.
+    vary: names of the request headers that tell its responses apart.
+    tells_age: whether hits say how old they are.
+    gzip: whether bodies are kept as gzip, too.
+    hide_status: whether responses keep silent about the cache.
     tags: what outdates its responses, besides what they read.
     """
 
@@ -27,7 +34,19 @@ class Policy:
     plan: KeyPlan
     route: str | None = None
     early: bool = False
+    stale_while_revalidate: float = 0
+    stale_if_error: float = 0
+    cache_control: bytes = b"no-cache"
+    vary: tuple[bytes, ...] = ()
+    tells_age: bool = True
+    gzip: bool = False
+    hide_status: bool = False
     tags: tuple[str, ...] = ()
+
+    @property
+    def kept_for(self) -> float:
+        """Return how many seconds an entry is of use."""
+        return self.ttl + max(self.stale_while_revalidate, self.stale_if_error)
 
 
 def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, max_body: int) -> str | None:
@@ -51,6 +70,17 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
     if length is None:
         return "stream"
     return "size" if length > max_body else None
+
+
+def with_vary(headers: list[Header], names: Iterable[bytes]) -> list[Header]:
+    """Return the headers with these names in their one `Vary` (RFC 9110, section 12.5.5)."""
+    said = [value for name, value in headers if name.lower() == b"vary"]
+    known = set().union(*map(_names, said))
+    missing = [name for name in names if name.lower() not in known]
+    if not missing or b"*" in known:
+        return headers
+    others = [header for header in headers if header[0].lower() != b"vary"]
+    return [*others, (b"vary", b", ".join([*said, *missing]))]
 
 
 def _names(value: bytes) -> set[bytes]:

@@ -111,8 +111,9 @@ def _memory_limit() -> int:
 
 
 def _size(entry: Entry) -> int:
-    texts = (len(name) + len(value) for name, value in entry.headers)
-    return len(entry.body) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
+    forms = (entry,) if entry.gzipped is None else (entry, entry.gzipped)
+    texts = (len(name) + len(value) for form in forms for name, value in form.headers)
+    return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
 
 
 class _Held:
