@@ -27,10 +27,15 @@ class UnitOfWork(Protocol):
         """Roll back and give the connection back."""
 
 
+#: What a tag of rows has after its table's: `engine/table#1f03` for some of them, `engine/table#` for those that a
+#: write does not name.
+OF_ROWS = "#"
+
+
 class Reads:
     """What was read from databases while this collector was open.
 
-    tags: what a later write must name to make the reading outdated (`engine/table`, `engine/*`).
+    tags: what a later write must name to make the reading outdated (`engine/table`, tags of rows, `engine/*`).
     unknown: why the reading cannot be described by tags, where it cannot.
     """
 

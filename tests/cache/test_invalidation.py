@@ -54,7 +54,10 @@ async def test_what_may_have_been_committed_is_announced(cache: Cache, outcome: 
 
 @pytest.mark.parametrize(
     ("tags", "bumped"),
-    [(("items",), {ITEMS}), (("reports/items", "*"), {"reports/items", "default/*"})],
+    [
+        (("items",), {ITEMS, "default/items#"}),
+        (("reports/items", "*"), {"reports/items", "reports/items#", "default/*", "default/*#"}),
+    ],
 )
 async def test_invalidate_names_tables(cache: Cache, store: Faulty, tags: tuple[str, ...], bumped: set[str]) -> None:
     await cache.invalidate(*tags)
@@ -81,7 +84,10 @@ async def test_writes_that_wait_are_announced_together_and_once(cache: Cache, st
     store.deaf = False
     await ask(cache)
     await cache.invalidate("last")
-    assert store.bumps == [{ITEMS, "default/others"}, {"default/last"}]
+    assert store.bumps == [
+        {ITEMS, "default/others", "default/others#"},
+        {"default/last", "default/last#"},
+    ]
 
 
 async def test_a_write_during_the_announcement_of_another_is_not_lost(cache: Cache, store: Faulty) -> None:

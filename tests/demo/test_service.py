@@ -234,6 +234,12 @@ def test_a_user_is_cached_until_changed(service: Service) -> None:
     assert changed.json() == response.json() == service.get("/users/10")
 
 
+def test_a_user_is_cached_while_others_change(service: Service) -> None:
+    assert service.x_cache("/users/12") == "miss"
+    service.http.patch("/users/13", json={"name": "Somebody Else"}).raise_for_status()
+    assert service.x_cache("/users/12") == "hit"
+
+
 @pytest.mark.parametrize("changes", [{"name": ""}, {"name": "\0"}, {"country": "Germany"}, {"active": "perhaps"}])
 def test_bad_changes_are_refused(service: Service, changes: Any) -> None:
     assert service.http.patch("/users/2", json=changes).status_code == 422

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import msgspec
 
+from overdrive.context import OF_ROWS
+
 from .conditional import Header
 from .entry import FORMAT, Entry, Form, Instant, State
 from .flight import Flight, Flights, Landed, Landing, patience
@@ -128,7 +130,9 @@ class Cache:
                 key = key_of_call(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
             await self.invalidator.announce([tag_of_call(key)])
         else:
-            await self.invalidator.announce(tags_of(what))
+            named = tags_of(what)
+            # What read rows of a table by their keys does not depend on all of it.
+            await self.invalidator.announce([*named, *(tag + OF_ROWS for tag in named)])
 
     async def get_or_set(
         self,

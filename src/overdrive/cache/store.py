@@ -93,8 +93,8 @@ class Store(Protocol):
         """Give connections back."""
 
 
-#: Tags are tables, but also calls that were invalidated: beyond so many, all is forgotten.
-_MOST_STAMPS = 100_000
+#: Tags are tables, but also rows and calls that were written: beyond so many, all is forgotten.
+_MOST_STAMPS = 250_000
 #: Bytes an entry takes besides its text.
 _OVERHEAD = 1_000
 #: Where Linux says how many bytes a container may use (cgroup v2 and v1).

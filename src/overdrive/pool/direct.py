@@ -94,12 +94,11 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     """
     observation = observation_of(engine)
     assert observation is not None
-    values = []
-    for name, bind, process in statement.parameters:
-        value = parameters.get(name, bind.effective_value)
-        values.append(value if process is None else process(value))
+    given = {name: parameters.get(name, bind.effective_value) for name, bind, _ in statement.parameters}
+    values = [given[name] if process is None else process(given[name]) for name, _, process in statement.parameters]
     pooled: PoolProxiedConnection = await greenlet_spawn(_take, engine)
     try:
+        observation.started(pooled.info, statement.facts, (given,), autocommit=False)
         rows = await _fetch(pooled, engine, observation, statement, values)
     finally:
         if returns_without_waiting(engine, pooled):
@@ -125,7 +124,6 @@ def _take(engine: Engine) -> PoolProxiedConnection:
 async def _fetch(
     pooled: PoolProxiedConnection, engine: Engine, observation: Observation, statement: Direct, values: list[Any]
 ) -> Rows:
-    observation.started(pooled.info, statement.facts, autocommit=False)
     driver: Any = pooled.driver_connection
     try:
         if statement.results is None:

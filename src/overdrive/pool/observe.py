@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -20,10 +20,11 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
 
-from overdrive.context import collectors, current
+from overdrive.context import OF_ROWS, Reads, collectors, current
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 
+from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of
 from .tasks import to_the_end
 
@@ -61,10 +62,14 @@ _ATTRIBUTE = "overdrive_observation"
 Announced = list[tuple[CommitObserver, Any]]
 
 
+#: Tags of rows beyond which they are gathered by tables.
+_MANY = 100
+
+
 class _Transaction:
     """What is known of a DBAPI connection between two ends of a transaction."""
 
-    __slots__ = ("announced", "began", "facts", "relaxed", "started", "writes")
+    __slots__ = ("announced", "began", "facts", "reads", "relaxed", "started", "writes")
 
     def __init__(self) -> None:
         #: Whether the database has been asked for anything but plain reads since the last end.
@@ -72,10 +77,17 @@ class _Transaction:
         #: Whether the driver has been told not to begin one.
         self.relaxed = False
         self.writes: set[str] = set()
+        #: Of the statement that is being executed.
         self.facts: Facts | None = None
+        self.reads: frozenset[str] = frozenset()
         self.started = 0.0
         #: Whom a statement in autocommit was announced to, with what they answered.
         self.announced: Announced = []
+
+    def wrote(self, tags: frozenset[str]) -> None:
+        self.writes |= tags
+        if len(self.writes) > _MANY:
+            self.writes = condensed(self.writes)
 
     def end(self) -> None:
         self.began = False
@@ -143,17 +155,22 @@ class Observation:
 
     # Statements: the seam. A fetch that goes past SQLAlchemy's cursor calls `started` and `finished` itself.
 
-    def started(self, info: dict[Any, Any], facts: Facts, *, autocommit: bool) -> None:
-        """Note that a statement with `facts` is about to run on the connection with `info`."""
+    def started(
+        self, info: dict[Any, Any], facts: Facts, parameters: Sequence[Mapping[str, Any]] = (), *, autocommit: bool
+    ) -> None:
+        """Note that a statement with `facts` is about to run on the connection with `info`.
+
+        parameters: by their names, for each time it is executed.
+        """
         transaction = _transaction_of(info)
-        transaction.facts = facts
-        reads, writes = self._tags_of(facts)
+        reads, writes = self._tags_of(facts, parameters)
+        transaction.facts, transaction.reads = facts, reads
         for collector in collectors():
-            collector.tags |= reads
+            _collect(collector, reads)
             if facts.unknown:
                 collector.unknown.append(facts.unknown)
         if writes:
-            transaction.writes |= writes
+            transaction.wrote(writes)
             if (context := current()) is not None:
                 context.wrote |= writes
             if autocommit:
@@ -171,21 +188,41 @@ class Observation:
             context.rows += max(rows, 0)
         if facts is None:
             return
+        if facts.rows_read and rows < 1:
+            # What is not there yet may come without being named.
+            tables = frozenset(f"{self.name}/{each.table}" for each in facts.rows_read)
+            transaction.reads |= tables
+            for collector in collectors():
+                collector.tags |= tables
         if listening():
-            reads, writes = self._tags_of(facts)
             transactional = transaction.began and not autocommit
-            publish(StatementEvent(self.name, sql, duration, rows, reads, writes, transactional))
+            writes = frozenset(f"{self.name}/{table}" for table in facts.writes)
+            publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
         if autocommit and facts.writes:
             self._report(transaction.announced, Outcome.COMMITTED)
 
-    def _tags_of(self, facts: Facts) -> tuple[frozenset[str], frozenset[str]]:
+    def _tags_of(self, facts: Facts, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
         tags = self._tags.get(facts)
         if tags is None:
-            reads = frozenset(f"{self.name}/{table}" for table in facts.reads)
-            writes = frozenset(f"{self.name}/{table}" for table in facts.writes)
+            reads = self._named(facts.reads)
             # A write that could not be read must outdate every reading of this engine.
-            tags = self._tags[facts] = (reads | {self._everything} if reads else reads, writes)
+            if facts.reads or facts.rows_read:
+                reads |= {self._everything}
+            writes = self._named(facts.writes) | self._named(table + OF_ROWS for table in facts.scattered)
+            tags = self._tags[facts] = reads, writes
+        if facts.rows_read:
+            tags = tags[0].union(*(self._of_read(rows, parameters) for rows in facts.rows_read)), tags[1]
+        elif facts.rows_written is not None:
+            rows = facts.rows_written
+            tags = tags[0], tags[1] | self._named(rows.tags(parameters) or (rows.table + OF_ROWS,))
         return tags
+
+    def _of_read(self, rows: Rows, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str]:
+        own = rows.tags(parameters)
+        return self._named((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
+
+    def _named(self, tables: Iterable[str]) -> frozenset[str]:
+        return frozenset(f"{self.name}/{table}" for table in tables)
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -194,12 +231,14 @@ class Observation:
         autocommit = self._is_autocommit(connection)
         if not autocommit:
             self._begin_late(connection, context, facts)
-        self.started(connection.info, facts, autocommit=autocommit)
+        # Statements that SQLAlchemy has not compiled have no names for theirs, nor facts that ask for them.
+        parameters = getattr(context, "compiled_parameters", None) or ()
+        self.started(connection.info, facts, parameters, autocommit=autocommit)
 
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
-        self.finished(connection.info, sql, cursor.rowcount, autocommit=self._is_autocommit(connection))
+        self.finished(connection.info, sql, _count_of(cursor), autocommit=self._is_autocommit(connection))
 
     def _handle_error(self, failure: ExceptionContext) -> None:
         connection = failure.connection
@@ -387,6 +426,19 @@ def _info_of(connection: Any) -> dict[Any, Any]:
         return connection.info  # type: ignore[no-any-return]
     except NotImplementedError:
         return {}
+
+
+def _collect(collector: Reads, tags: frozenset[str]) -> None:
+    collector.tags |= tags
+    if len(collector.tags) > _MANY:
+        collector.tags = condensed(collector.tags)
+
+
+def _count_of(cursor: Any) -> int:
+    """Return the rows that a statement returned or changed; -1 where nobody says."""
+    # SQLite does not count what a SELECT returns, but SQLAlchemy's asynchronous cursors have fetched it all.
+    fetched = getattr(cursor, "_rows", None) if cursor.rowcount < 0 and cursor.description else None
+    return cursor.rowcount if fetched is None else len(fetched)
 
 
 def _streams(context: ExecutionContext) -> bool:

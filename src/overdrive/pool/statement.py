@@ -16,6 +16,7 @@ from sqlalchemy import (
     ColumnClause,
     ColumnElement,
     CompoundSelect,
+    Insert,
     Select,
     TableClause,
     TextClause,
@@ -25,6 +26,9 @@ from sqlalchemy.engine.interfaces import Compiled
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import ForUpdateArg
+
+from . import rows
+from .rows import Rows
 
 #: Stands for every table of an engine.
 EVERYTHING = "*"
@@ -122,12 +126,18 @@ class Facts:
     reads, writes: names of tables, or `EVERYTHING`.
     unknown: why `reads` may be incomplete or the result may change by itself; None where neither.
     plain: a SELECT that means the same outside a transaction.
+    rows_read: of tables of which nothing else is read, and which are not among `reads`.
+    rows_written: the only rows written of their table.
+    scattered: tables of which other rows are written, or nobody knows which, than new ones.
     """
 
     reads: frozenset[str]
     writes: frozenset[str]
     unknown: str | None
     plain: bool
+    rows_read: tuple[Rows, ...] = ()
+    rows_written: Rows | None = None
+    scattered: frozenset[str] = frozenset()
 
 
 _known: WeakKeyDictionary[Compiled, Facts] = WeakKeyDictionary()
@@ -164,19 +174,29 @@ def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
         return _facts_of_text(sql)
     # An ORM statement gets its eager joins and loader criteria only when it is compiled.
     state = compiled.compile_state
-    elements = list(visitors.iterate(statement))
-    if state is not None and state.statement is not statement:
-        elements += visitors.iterate(state.statement)
+    final = statement if state is None else state.statement
+    sent = list(visitors.iterate(final))
+    elements = sent if final is statement else [*visitors.iterate(statement), *sent]
 
-    writes = frozenset(
-        name
-        for element in elements
-        if isinstance(element, UpdateBase)
-        for name in _table_names(visitors.iterate(element.table))
-    )
     unknown = next(filter(None, map(_mystery, elements)), None)
     locking = any(isinstance(element, ForUpdateArg) for element in elements)
-    return Facts(frozenset(_table_names(elements)), writes, unknown, plain=not (writes or unknown or locking))
+    reads = frozenset(_table_names(elements))
+    names, keys = compiled.bind_names, compiled.column_keys or ()
+    if not any(isinstance(element, UpdateBase) for element in elements):
+        rows_read = rows.rows_read(final, sent, names)
+        reads -= {each.table for each in rows_read}
+        return Facts(reads, frozenset(), unknown, plain=not (unknown or locking), rows_read=rows_read)
+
+    written = [element for element in sent if isinstance(element, UpdateBase)]
+    writes = frozenset(name for element in written for name in _table_names(visitors.iterate(element.table)))
+    along = frozenset(name for element in written for name in rows.changed_along(element, keys))
+    rows_written = rows.rows_written(final, names, keys) if len(written) == 1 else None
+    scattered = along if rows_written is not None or all(map(_only_adds, written)) else writes | along
+    return Facts(reads, writes | along, unknown, plain=False, rows_written=rows_written, scattered=scattered)
+
+
+def _only_adds(element: UpdateBase) -> bool:
+    return isinstance(element, Insert) and element._post_values_clause is None
 
 
 def _table_names(elements: Any) -> Iterator[str]:

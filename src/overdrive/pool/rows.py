@@ -1,0 +1,181 @@
+"""Which rows a statement reads or writes, where it says so by their primary key.
+
+A row has a tag of its own beside its table's. What read a row depends on that row, and on writes of which nobody knows
+the rows; what read a table depends on all of it. So a write stamps the table, and besides either the rows it names
+or, by the table's tag of unknown rows, all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Delete, Integer, Join, Select, Table, Update, Uuid
+from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
+from sqlalchemy.sql.selectable import AliasedReturnsRows
+
+from overdrive.context import OF_ROWS
+
+#: Rows of one table beyond which all of it is meant.
+_MOST = 50
+
+_CHANGING = frozenset(("CASCADE", "SET NULL", "SET DEFAULT"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one table, by their primary key.
+
+    table: its full name.
+    names: for each column of the key, the parameter with its value.
+    types: the type of each value. Values of other types may be equal without looking alike.
+    """
+
+    table: str
+    names: tuple[str, ...]
+    types: tuple[type, ...]
+
+    def tags(self, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str] | None:
+        """Return a tag for each row; None where a value is not what it should be, or there are too many.
+
+        There are 65,536 tags a table, as stores remember them: some rows share theirs.
+        """
+        if not 0 < len(parameters) <= _MOST:
+            return None
+        tags = set()
+        for each in parameters:
+            values = [each.get(name) for name in self.names]
+            if not all(type(value) is type_ for value, type_ in zip(values, self.types, strict=True)):
+                return None
+            digest = blake2b(repr(values).encode(), digest_size=2).hexdigest()
+            tags.add(f"{self.table}{OF_ROWS}{digest}")
+        return frozenset(tags)
+
+
+def condensed(tags: Collection[str]) -> set[str]:
+    """Return tags that mean as much, or more, with no more than a few rows of any table."""
+    rows: dict[str, set[str]] = {}
+    for tag in tags:
+        rows.setdefault(tag.partition(OF_ROWS)[0], set()).add(tag)
+    return {each for table, own in rows.items() for each in (own if len(own) <= _MOST else _of_all(table))}
+
+
+def _of_all(table: str) -> tuple[str, str]:
+    return table, table + OF_ROWS
+
+
+def rows_read(statement: Any, elements: Sequence[Any], names: Mapping[Any, str]) -> tuple[Rows, ...]:
+    """Return the rows that a SELECT reads of tables of which it reads nothing else.
+
+    elements: all there is in the statement.
+    names: of its parameters.
+    """
+    if not isinstance(statement, Select) or sum(isinstance(element, Select) for element in elements) > 1:
+        return ()
+    found = (_rows(table, statement._where_criteria, names) for table in _tables(statement.get_final_froms()))
+    # Under another name, other rows of the same table are read.
+    aliased = {getattr(each.element, "fullname", None) for each in elements if isinstance(each, AliasedReturnsRows)}
+    return tuple(rows for rows in found if rows is not None and rows.table not in aliased)
+
+
+def rows_written(statement: Any, names: Mapping[Any, str], keys: Iterable[str]) -> Rows | None:
+    """Return the rows that an UPDATE or DELETE writes; None where it does not name them, or changes their key.
+
+    keys: names of the columns whose values come with the parameters.
+    """
+    table = getattr(statement, "table", None)
+    if not isinstance(statement, Update | Delete) or not isinstance(table, Table):
+        return None
+    if isinstance(statement, Update) and not _columns_set(statement, keys).isdisjoint(table.primary_key.columns.keys()):
+        return None
+    return _rows(table, statement._where_criteria, names)
+
+
+def changed_along(statement: Any, keys: Iterable[str]) -> frozenset[str]:
+    """Return the tables whose rows the database changes along with an UPDATE or DELETE, by foreign keys."""
+    table = getattr(statement, "table", None)
+    if not isinstance(table, Table):
+        return frozenset()
+    if isinstance(statement, Delete):
+        return frozenset(_deleted_along(table, {table}))
+    if isinstance(statement, Update):
+        changed = _columns_set(statement, keys)
+        return frozenset(
+            other.fullname
+            for other, key in _references(table)
+            if (key.onupdate or "").upper() in _CHANGING and key.column.key in changed
+        )
+    return frozenset()
+
+
+def _deleted_along(table: Table, seen: set[Table]) -> Iterator[str]:
+    for other, key in _references(table):
+        action = (key.ondelete or "").upper()
+        if action in _CHANGING:
+            yield other.fullname
+        if action == "CASCADE" and other not in seen:
+            seen.add(other)
+            yield from _deleted_along(other, seen)
+
+
+def _references(table: Table) -> Iterator[tuple[Table, Any]]:
+    for other in table.metadata.tables.values():
+        for key in other.foreign_keys:
+            try:
+                refers = key.column.table is table
+            except NoReferenceError:
+                continue
+            if refers:
+                yield other, key
+
+
+def _columns_set(statement: Update, keys: Iterable[str]) -> set[str]:
+    given: list[Any] = [*keys, *(statement._values or ())]
+    # SQLAlchemy 2.0 keeps those of ordered_values() apart.
+    given += [column for column, _ in getattr(statement, "_ordered_values", None) or ()]
+    return {getattr(each, "key", each) for each in given}
+
+
+def _tables(sources: Iterable[Any]) -> Iterator[Table]:
+    for source in sources:
+        if isinstance(source, Join):
+            yield from _tables((source.left, source.right))
+        elif isinstance(source, Table):
+            yield source
+
+
+def _rows(table: Table, criteria: Iterable[Any], names: Mapping[Any, str]) -> Rows | None:
+    """Return the rows that all of the criteria leave of a table, if they give its whole key."""
+    equal: dict[str, str] = {}
+    for column, parameter in _equalities(criteria):
+        if table.c.contains_column(column) and parameter in names:
+            equal[column.key] = names[parameter]
+    types = [_type_of(column) for column in table.primary_key]
+    keys = table.primary_key.columns.keys()
+    if not keys or None in types or not all(key in equal for key in keys):
+        return None
+    return Rows(table.fullname, tuple(equal[key] for key in keys), tuple(type_ for type_ in types if type_ is not None))
+
+
+def _equalities(criteria: Iterable[Any]) -> Iterator[tuple[Any, BindParameter[Any]]]:
+    """Yield the columns that have to be equal to a parameter."""
+    for criterion in criteria:
+        if isinstance(criterion, BooleanClauseList) and criterion.operator is operators.and_:
+            yield from _equalities(criterion.clauses)
+        elif isinstance(criterion, BinaryExpression) and criterion.operator is operators.eq:
+            for column, value in ((criterion.left, criterion.right), (criterion.right, criterion.left)):
+                if isinstance(value, BindParameter) and not value.expanding:
+                    yield column, value
+
+
+def _type_of(column: ColumnElement[Any]) -> type | None:
+    """Return the type of a column's values, where equal values are the same, whatever the collation."""
+    # A TypeDecorator is neither: it may make the same of different values.
+    if isinstance(column.type, Integer):
+        return int
+    return UUID if isinstance(column.type, Uuid) and column.type.as_uuid else None
