@@ -104,6 +104,7 @@ class Cache:
         tags: what outdates it besides, by `invalidate`.
         type: what msgspec makes of the stored value: a struct, a dataclass, `list[int]`; left out, plain data.
 
+        A tenant has values of its own, where the app has several: what one's request has read is not for another's.
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
         msgspec cannot write or read.
         """
@@ -115,7 +116,8 @@ class Cache:
     ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
         """Keep what a coroutine function returns, by its arguments; typed by its return annotation.
 
-        ttl, tags: see `get_or_set`.
+        ttl, tags: see `get_or_set`. The arguments are plain data, and models or dataclasses of it: a call with any
+        other raises `ConfigurationError`, as nothing tells it from the next.
         """
         return lambda function: self._values.memoize(function, ttl, self.tags_of(tags))
 
