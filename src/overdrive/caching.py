@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -37,8 +37,24 @@ from .routes import Site, add_dependency, is_awaited, sites, specimen
 
 logger = logging.getLogger("overdrive")
 
-#: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
-KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
+
+class Known(NamedTuple):
+    """A request that was seen before.
+
+    policy, key: how its route is cached, and where its response is.
+    app: the app its route is of.
+    routed: what the router left in its scope, which others read after it: those who measure, say.
+    """
+
+    policy: Policy
+    key: str
+    app: FastAPI
+    routed: dict[str, Any]
+
+
+KnownRequests: TypeAlias = Shortcuts[Known]
+
+_ROUTED = ("route", "endpoint", "path_params", "root_path")
 
 _OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
 
@@ -112,7 +128,8 @@ def _look_up(
             tenant=context.tenant,
         )
         if policy.early:
-            shortcuts.add(request.scope, context.tenant, told_by, (policy, key, site.app))
+            routed = {name: request.scope[name] for name in _ROUTED if name in request.scope}
+            shortcuts.add(request.scope, context.tenant, told_by, Known(policy, key, site.app, routed))
         exchange = context.exchange = Exchange(
             context.runtime.cache, policy, key, context, if_none_match(request.scope["headers"])
         )
