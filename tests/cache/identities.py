@@ -105,75 +105,103 @@ CARRIERS = ("bearer", "basic", "raw", "x-key", "key", "session", "x-user", "x_us
 tokens = st.sampled_from([*TOKENS, *TOKENS, "mallory", "", "ALICE", "alice ", "älice"])
 words = st.sampled_from(["", "x", "X", "a,b", "a&b=1", "é", "1", "null"])
 
+MIDDLEWARES = ("gzip", "cors", "state", "base", "path", "host")
+
 routes = st.builds(
     Route,
-    source=st.sampled_from(SOURCES),
+    source=st.sampled_from(["none"] * 4 + [*SOURCES]),
     placed=st.sampled_from(["parameter", "nested", "class", "yield", "afresh", "router"]),
-    kind=st.sampled_from(["value", "value", "page", "memoized"]),
+    kind=st.sampled_from(["value", "value", "value", "page", "memoized"]),
     at=st.sampled_from(["app", "router", "mount"]),
-    inputs=st.sampled_from(["none", "query", "all"]),
+    inputs=st.sampled_from(["none", "query", "all", "all"]),
     strict=st.booleans(),
-    public=st.sampled_from([False, False, False, True]),
-    plain=st.booleans(),
+    public=st.sampled_from([False, False, True]),
+    plain=st.sampled_from([False, False, True]),
     by_token=st.booleans(),
 )
 worlds = st.builds(
     World,
     routes=st.lists(routes, min_size=1, max_size=3).map(tuple),
     tenant=st.sampled_from([None, None, "header", "host", "state"]),
-    middlewares=st.lists(
-        st.sampled_from(["gzip", "cors", "state", "base", "path", "host"]), unique=True, max_size=2
-    ).map(tuple),
+    middlewares=st.one_of(
+        st.just(()),
+        st.lists(st.sampled_from(["gzip", "cors", "state", "base", "path", "host"]), unique=True, max_size=3).map(
+            tuple
+        ),
+    ),
     mounted_guard=st.booleans(),
 )
 
 
-@st.composite
-def _tokens(draw: st.DrawFn) -> tuple[tuple[str, str], ...]:
-    """Mostly one person in every place, sometimes several at once."""
-    if draw(st.integers(0, 3)):
-        token = draw(tokens)
-        carriers = draw(st.sampled_from([CARRIERS, CARRIERS[::-1], CARRIERS[1:], CARRIERS[2:]]))
-        return tuple((carrier, token) for carrier in carriers)
-    return tuple(draw(st.lists(st.tuples(st.sampled_from(CARRIERS), tokens), max_size=4)))
+def _everywhere(token: str) -> tuple[tuple[str, str], ...]:
+    return tuple((carrier, token) for carrier in CARRIERS)
 
 
-known_tags = st.one_of(st.none(), st.none(), st.integers(0, 20), st.just("*"))
-asks = st.builds(
-    Ask,
-    route=st.integers(0, 2),
-    method=st.sampled_from(["GET", "GET", "GET", "GET", "HEAD"]),
-    item=st.sampled_from(["1", "1", "1", "me", "a%2Fb", "a/b", "1/", "%C3%A9", "é"]),
-    tokens=_tokens(),
-    query=st.lists(st.tuples(st.sampled_from(["q", "tags", "other", "key"]), words), max_size=2).map(tuple),
-    headers=st.lists(
-        st.one_of(
-            st.tuples(st.just("x-lang"), words),
-            st.tuples(st.just("x_lang"), words),
-            st.tuples(st.just("cookie"), words.map(lambda word: f"theme={word}")),
-            st.tuples(st.just("x-tenant"), st.sampled_from(TENANTS)),
-            st.tuples(st.sampled_from(["x-forwarded-host", "x-forwarded-for", "forwarded"]), words),
-        ),
-        max_size=3,
-    ).map(tuple),
-    host=st.sampled_from(["a.test", *HOSTS, None]),
-    known=known_tags,
-    overridden=st.sampled_from([False] * 9 + [True]),
-    app=st.integers(0, 1),
+def _only(carrier: str, token: str) -> tuple[tuple[str, str], ...]:
+    return ((carrier, token),)
+
+
+def _later(token: str) -> tuple[tuple[str, str], ...]:
+    """Basic credentials first, and no bearer's."""
+    return tuple((carrier, token) for carrier in CARRIERS[1:])
+
+
+carried = st.one_of(
+    st.builds(_everywhere, tokens),
+    st.builds(_everywhere, tokens),
+    st.builds(_later, tokens),
+    st.builds(_only, st.sampled_from(CARRIERS), tokens),
+    st.lists(st.tuples(st.sampled_from(CARRIERS), tokens), max_size=4).map(tuple),
 )
+items = st.sampled_from(["1", "1", "me", "me", "a%2Fb", "a/b", "1/", "%C3%A9", "é"])
+hosts = st.sampled_from(["a.test", *HOSTS, None])
+queries = st.lists(st.tuples(st.sampled_from(["q", "q", "tags", "other", "key"]), words), max_size=2).map(tuple)
+sent = st.one_of(
+    st.tuples(st.just("x-lang"), words),
+    st.tuples(st.just("x_lang"), words),
+    st.tuples(st.just("cookie"), words.map(lambda word: f"theme={word}")),
+    st.tuples(st.just("x-tenant"), st.sampled_from(TENANTS)),
+    st.tuples(st.just("x-forwarded-host"), st.sampled_from(HOSTS)),
+    st.tuples(st.sampled_from(["x-forwarded-for", "forwarded", "x-refused", "x-other"]), words),
+)
+known_tags = st.one_of(st.none(), st.none(), st.integers(0, 20), st.just("*"))
+
+
+@st.composite
+def _others(draw: st.DrawFn, ask: Ask) -> Ask:
+    """Ask for the same with one thing else: only so is it seen that this thing makes the difference."""
+    changed = draw(st.sampled_from(["tokens", "tokens", "headers", "headers", "host", "query", "item", "method"]))
+    if changed == "headers":
+        name, value = draw(sent)
+        kept = [each for each in ask.headers if each[0] != name or draw(st.booleans())]
+        return replace(ask, headers=tuple(draw(st.permutations([(name, value), *kept]))))
+    values: dict[str, st.SearchStrategy[Any]] = {
+        "tokens": carried,
+        "host": hosts,
+        "query": queries,
+        "item": items,
+        "method": st.just("HEAD"),
+    }
+    return replace(ask, **{changed: draw(values[changed])})
 
 
 @st.composite
 def stories(draw: st.DrawFn) -> tuple[World, list[list[Ask]]]:
     """A world, and what is asked in it: those of one step ask at the same time.
 
-    Several people ask for the same at once, some of them twice, and then once more, as nothing else is a hit.
+    Several ask for almost the same, and once more, as nothing else is a hit.
     """
-    steps = []
-    for asked in draw(st.lists(asks, min_size=1, max_size=4)):
-        people = draw(st.lists(_tokens(), min_size=1, max_size=3))
-        crowd = [replace(asked, tokens=each, app=app) for each in people for app in (0, asked.app, 1)]
-        steps += [crowd, [replace(each, known=draw(known_tags)) for each in crowd[::2]]]
+    steps: list[list[Ask]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        headers = tuple(draw(st.lists(sent, max_size=3)))
+        headers = (*headers, ("x-tenant", draw(st.sampled_from(TENANTS)))) if draw(st.booleans()) else headers
+        route, item, people, query, host = (draw(each) for each in (st.integers(0, 2), items, carried, queries, hosts))
+        ask = Ask(route, "GET", item, people, query, headers, host, known=None, overridden=False, app=0)
+        others = draw(st.lists(_others(ask), min_size=1, max_size=4))
+        steps += [[ask, replace(ask, app=1)], [*others, others[0]]]
+        if draw(st.integers(0, 5)) == 0:
+            steps.append([replace(each, overridden=True) for each in (ask, *others)])
+        steps.append([replace(each, known=draw(known_tags), app=draw(st.integers(0, 1))) for each in (*others, ask)])
     return draw(worlds), steps
 
 
