@@ -9,10 +9,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
+import msgspec
 from fastapi import FastAPI, Request, Response, params
-from fastapi.routing import APIRoute
 from fastapi.security.base import SecurityBase
 from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 
@@ -33,13 +33,30 @@ from .endpoint import (
     SyncRequestSession,
     SyncSessionFactory,
 )
+from .errors import ConfigurationError
 from .pages import page_dependency
 from .routes import Site, add_dependency, is_awaited, sites, specimen
 
 logger = logging.getLogger("overdrive")
 
-#: How the routes of requests are cached that were seen before, under which keys, and the apps they are of.
-KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
+
+class Known(NamedTuple):
+    """A request that was seen before.
+
+    policy, key: how its route is cached, and where its response is.
+    app: the app its route is of.
+    routed: what the router left in its scope, which others read after it: those who measure, say.
+    """
+
+    policy: Policy
+    key: str
+    app: FastAPI
+    routed: dict[str, Any]
+
+
+KnownRequests: TypeAlias = Shortcuts[Known]
+
+_ROUTED = ("route", "endpoint", "path_params", "root_path")
 
 #: Bytes above which a body is not made a key of.
 _MOST_BODY = 65_536
@@ -56,15 +73,14 @@ def cache_route(
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
         return False
     calls = [dependant.call for dependant in site.dependencies()]
+    alone = all(_is_ours(call) or _is_of_pages(call) for call in calls)
     # A route that is found by more than its address is found by the router alone.
-    by_address = type(site.route.original_route).matches is APIRoute.matches
-    alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
     asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     policy = Policy(
         ttl,
         plan,
         site.template,
-        early=by_address and (mark.public or (alone and not plan.private)) and not plan.body,
+        early=site.by_address and (mark.public or (alone and not plan.private)) and not plan.body,
         stale_while_revalidate=mark.stale_while_revalidate,
         stale_if_error=mark.stale_if_error,
         cache_control=_cache_control(mark, plan),
@@ -75,9 +91,7 @@ def cache_route(
         hide_status=settings.hide_status,
         tags=mark.tags,
     )
-    add_dependency(
-        site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
-    )
+    add_dependency(site, _look_up(site, policy, calls, shortcuts, [dependant.call for dependant in asking]))
     # The same dependants, so that each is resolved once.
     last = site.route.dependant.dependencies[-1]
     last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
@@ -107,6 +121,11 @@ def _vary(plan: KeyPlan, *, gzip: bool, principal: bool) -> tuple[bytes, ...]:
     return tuple(name.title().encode("latin-1") for name in sorted(names))
 
 
+def _is_ours(call: Any) -> bool:
+    # A class that a team has made of one of ours may read whatever it likes.
+    return type(call) in _OURS
+
+
 def _is_of_pages(call: Any) -> bool:
     return getattr(call, "__module__", "") == page_dependency.__module__
 
@@ -117,10 +136,15 @@ def _principal_of(call: Any) -> Callable[[Any], Any] | None:
 
 
 def _look_up(
-    site: Site, policy: Policy, calls: list[Any], shortcuts: KnownRequests, principals: list[Any]
+    site: Site, policy: Policy, calls: list[Any], shortcuts: KnownRequests, asked: list[Any]
 ) -> Callable[..., Any]:
-    """Return the dependency that looks the response up: resolved last, so that authentication has run."""
+    """Return the dependency that looks the response up: resolved last, so that authentication has run.
+
+    asked: the dependencies that say who is asking; what they return is what `look_up` gets besides.
+    """
     plan = policy.plan
+    # Shortcuts know whole headers.
+    told_by = (*plan.headers, "cookie") if plan.cookies else plan.headers
 
     async def look_up(request: Request, response: Response, **asking: Any) -> None:
         context = _context()
@@ -136,29 +160,33 @@ def _look_up(
                 context.reads.tags.add(tag_of_tenant(context.tenant))
 
     async def look_up_late(context: RequestContext, request: Request, asking: Iterable[Any]) -> None:
+        overridden = any(site.resolved(call) is not call and not _is_ours(site.resolved(call)) for call in calls)
         content = await request.body() if plan.body else b""
         content_type = request.headers.get("content-type", "")
         text = canonical_json(content_type, content) if len(content) <= _MOST_BODY else None
         key = key_of(
             plan,
             host=request.headers.get("host", ""),
-            path=context.path,
-            query=context.query,
+            # As the team's middlewares have left them: the route is found by these.
+            root_path=request.scope.get("root_path", ""),
+            path=request.scope["path"],
+            query=request.scope["query_string"].decode("latin-1"),
             headers=[request.headers.getlist(name) for name in plan.headers],
             cookies=[request.cookies.get(name) for name in plan.cookies],
-            principals=[principal(value) for principal, value in zip(principals, asking, strict=True)],
+            principals=[] if overridden else list(map(_who, asked, asking)),
             tenant=context.tenant,
             body=(content_type, text or "") if plan.body else None,
         )
         if policy.early:
-            shortcuts.add(request.scope, context.tenant, plan.headers, (policy, key, site.app))
+            routed = {name: request.scope[name] for name in _ROUTED if name in request.scope}
+            shortcuts.add(request.scope, context.tenant, told_by, Known(policy, key, site.app, routed))
         wishes = wishes_of(request.scope["headers"])
         if plan.body:
             # It has no preconditions of this kind (RFC 9110, section 13.1.2).
             wishes = wishes._replace(if_none_match=b"")
         exchange = context.exchange = Exchange(context.runtime.cache, policy, key, context, wishes)
         exchange.body = content
-        if any(site.resolved(call) is not call and not isinstance(site.resolved(call), _OURS) for call in calls):
+        if overridden:
             exchange.bypass("overridden-dependency")
         elif context.lacks_tenant:
             exchange.bypass("no-tenant")
@@ -171,6 +199,22 @@ def _look_up(
     own = list(inspect.signature(look_up).parameters.values())[:2]
     look_up.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     return look_up
+
+
+def _who(dependency: Any, value: Any) -> Any:
+    """Return who is asking, by what a dependency has returned."""
+    principal = _principal_of(dependency)
+    assert principal is not None
+    who = principal(value)
+    try:
+        msgspec.msgpack.encode(who)
+    except (TypeError, OverflowError) as error:
+        name = getattr(dependency, "__name__", type(dependency).__name__)
+        raise ConfigurationError(
+            f"the principal= of {name} gives text, or a number of 64 bits, that says who is asking, not a "
+            f"{type(who).__name__}: declare({name}, principal=lambda value: str(...))"
+        ) from error
+    return who
 
 
 def _answered_from_cache(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,7 +279,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
             # It puts the whole address into links and cursors.
             parameters = None
             continue
-        if isinstance(dependant.call, _OURS):
+        if _is_ours(dependant.call):
             continue
         if _principal_of(dependant.call):
             private = True
@@ -257,7 +301,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     names = frozenset(parameters) if parameters is not None else None
-    fingerprint = _fingerprint(site.route, (ttl, mark.browser_ttl, mark.tags), database)
+    fingerprint = _fingerprint(site, (ttl, mark.browser_ttl, mark.tags), database)
     return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names, mark.body)
 
 
@@ -293,7 +337,12 @@ def _graph(site: Site, mark: Mark) -> Iterator[Any]:
 def _takes_others(parameter: Any) -> bool:
     """Say whether parameters that are not declared make a difference: kept, or refused."""
     models = _models(parameter.field_info.annotation)
-    return any(model.model_config.get("extra", "ignore") != "ignore" for model in models)
+    return any(model.model_config.get("extra", "ignore") != "ignore" or _peeks(model) for model in models)
+
+
+def _peeks(model: type[BaseModel]) -> bool:
+    """Say whether a model sees what it does not declare, as its validators see it before it is one."""
+    return any(each.info.mode != "after" for each in model.__pydantic_decorators__.model_validators.values())
 
 
 def _names(parameters: list[Any]) -> Iterator[str]:
@@ -344,13 +393,19 @@ def _unknowable(dependant: Any, mark: Mark) -> str | None:
     if dependant.body_params and not mark.body:
         return f"{name}() reads the body, and only a POST is cached by it: @app.post and @cached(body=True)"
     for parameter in (*dependant.header_params, *dependant.cookie_params):
-        if any(model.model_config.get("extra") == "allow" for model in _models(parameter.field_info.annotation)):
+        models = _models(parameter.field_info.annotation)
+        if any(model.model_config.get("extra") == "allow" or _peeks(model) for model in models):
             return f"{name}() takes every header or cookie there is"
     return None
 
 
-def _fingerprint(route: Any, told: tuple[Any, ...], database: str) -> str:
-    """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them."""
+def _fingerprint(site: Site, told: tuple[Any, ...], database: str) -> str:
+    """Digest whatever makes a route answer differently: which rows it reads, and what a release makes of them.
+
+    The endpoint's name is there for services that a proxy has put behind one host, with paths that look alike.
+    """
+    route, endpoint = site.route, site.endpoint
+    name = endpoint.__module__, getattr(endpoint, "__qualname__", type(endpoint).__qualname__)
     model = route.response_model
     schema = TypeAdapter(model).json_schema(mode="serialization") if model is not None else None
     shape = (
@@ -362,7 +417,7 @@ def _fingerprint(route: Any, told: tuple[Any, ...], database: str) -> str:
         route.response_model_exclude_none,
         route.status_code,
     )
-    return blake2b(repr((database, route.path_format, schema, shape, told)).encode(), digest_size=8).hexdigest()
+    return blake2b(repr((database, name, route.path_format, schema, shape, told)).encode(), digest_size=8).hexdigest()
 
 
 def check_replaced_call() -> None:

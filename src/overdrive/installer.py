@@ -16,12 +16,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIWebSocketRoute
 from starlette.middleware import Middleware
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import compile_path
 
 from .cache.cache import Cache
 from .cache.key import Shortcuts
-from .cache.policy import Policy
-from .caching import KnownRequests, cache_route, check_replaced_call
+from .caching import Known, KnownRequests, cache_route, check_replaced_call
 from .config import PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, RequestSession, SyncRequestSession
@@ -113,7 +113,11 @@ class Installation:
             # The last of the app's middlewares is the innermost.
             self.app.user_middleware.append(Middleware(RequestPath, installation=self))
         _answer_request_errors(self.app)
-        return Observer(self._build_stack(), self)
+        stack = Observer(self._build_stack(), self)
+        if self.app.build_middleware_stack == self._stack:
+            return stack
+        # What wraps it from outside, as OpenTelemetry's instrumentation does, looks for Starlette's outermost.
+        return ServerErrorMiddleware(stack)
 
     def layers(self) -> list[str]:
         """Name what a request passes, from the outermost to the router."""
@@ -155,8 +159,8 @@ class Installation:
             return None
         return self.runtime.tenant(Request(scope))
 
-    def known(self, scope: Any, tenant: str | None) -> tuple[Policy, str] | None:
-        """Return how a request's route is cached, and its key, where it may be answered without asking the route.
+    def known(self, scope: Any, tenant: str | None) -> Known | None:
+        """Return what is known of a request that may be answered without asking the route.
 
         Such a request was seen before, and its response is nobody's own.
         """
@@ -166,7 +170,7 @@ class Installation:
             return None
         known = self._shortcuts.find(scope, tenant)
         # An override, of a test say, is asked where dependencies are resolved.
-        return (known[0], known[1]) if known is not None and not known[2].dependency_overrides else None
+        return known if known is not None and not known.app.dependency_overrides else None
 
     def has_head_of_get(self, path: str) -> bool:
         """Say whether a HEAD is answered as its GET: if the route of that is cached, and none declares the HEAD.

@@ -26,7 +26,7 @@ from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
     from .cache.entry import Entry
-    from .cache.policy import Policy
+    from .caching import Known
     from .installer import Installation
 
 request_log = logging.getLogger("overdrive.request")
@@ -61,18 +61,17 @@ class Observer:
         scope[_OBSERVED] = True
         # What tells tenants apart may fail, and then has the app's own answer.
         known = self._installation.known(scope, None) if self._is_innermost else None
-        entry = self._installation.cache.held(known[1]) if known is not None else None
+        entry = self._installation.cache.held(known.key) if known is not None else None
         if known is not None and entry is not None:
-            await self._answer(known[0], entry, scope, receive, send)
+            await self._answer(known, entry, scope, receive, send)
         else:
             await self._serve(self.app, scope, receive, send)
 
-    async def _answer(self, policy: Policy, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, known: Known, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer from the cache at once: there is nothing between here and the router that should have a look."""
-        installation = self._installation
+        installation, policy = self._installation, known.policy
         start, body = replayed(entry, policy, installation.cache.clock(), wishes_of(scope["headers"]))
-        route = policy.route
-        _tell_route(scope, route)
+        _tell_route(scope, known)
         if not self._is_heard():
             start["headers"].append((installation.request_id_header, _new_id().encode()))
             await send(start)
@@ -82,7 +81,7 @@ class Observer:
         async def replay(_scope: Scope, _receive: Receive, send: Send) -> None:
             context = current()
             assert context is not None
-            context.route, context.cache_status = route, "hit"
+            context.route, context.cache_status = known.policy.route, "hit"
             await send(start)
             await send(body)
 
@@ -165,11 +164,15 @@ class Observer:
             )
 
 
-def _tell_route(scope: Scope, route: str | None) -> None:
-    """Tell FastAPI's own telemetry what the request is called, as otherwise the router does."""
+def _tell_route(scope: Scope, known: Known) -> None:
+    """Tell those who measure, FastAPI's own telemetry among them, what otherwise the router does."""
+    scope.update(known.routed)
     telemetry = scope.get("fastapi.telemetry")
-    if telemetry is not None:
-        telemetry.route = route
+    if telemetry is None:
+        return
+    route = telemetry.route = f"{getattr(telemetry, '_mount_prefix', '')}{known.policy.route}"
+    if (span := getattr(telemetry, "span", None)) is not None:
+        span.update_name(f"{scope['method']} {route}")
 
 
 def _new_id() -> str:
@@ -225,13 +228,13 @@ class RequestPath:
     async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
         context.tenant = self._installation.tenant_of(scope)
         if (known := self._installation.known(scope, context.tenant)) is not None:
-            policy, key = known
-            exchange = Exchange(self._installation.cache, policy, key, context, wishes_of(scope["headers"]))
+            wishes = wishes_of(scope["headers"])
+            exchange = Exchange(self._installation.cache, known.policy, known.key, context, wishes)
             await exchange.look_up()
             context.exchange = exchange
             if exchange.entry is not None:
-                context.route = policy.route
-                _tell_route(scope, policy.route)
+                context.route = known.policy.route
+                _tell_route(scope, known)
                 await exchange.answer(send)
                 return
         guard = SendGuard(context, _recorded(context, send))

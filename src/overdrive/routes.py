@@ -35,11 +35,14 @@ class Site:
     app: the FastAPI app it belongs to, which a mount may have put inside another.
     route: FastAPI's context of the route, with the prefixes and dependencies of its inclusion.
     template: its whole path, mounts included.
+    by_address: whether nothing but its address brings a request here, and nothing of the team's stands before the
+        route but what stands before the outermost app's router.
     """
 
     app: FastAPI
     route: Any
     template: str
+    by_address: bool
 
     @property
     def name(self) -> str:
@@ -70,15 +73,41 @@ class Site:
         return self.app.dependency_overrides.get(call, call)
 
 
-def sites(app: FastAPI, prefix: str = "") -> Iterator[Site]:
-    """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps."""
+def sites(app: FastAPI, prefix: str = "", by_address: bool = True) -> Iterator[Site]:
+    """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps.
+
+    prefix, by_address: what a mount says of all of them.
+    """
+    by_address = by_address and all(map(_is_frameworks, _routers(app.router)))
     for route in routing.iter_route_contexts(app.routes):
         served = route.original_route
+        # Whatever comes behind a route is asked only where that one has declined.
+        by_address = by_address and _is_frameworks(type(served).matches)
+        plain = by_address and _is_frameworks(served)
         if isinstance(served, Mount):
             if isinstance(served.app, FastAPI):
-                yield from sites(served.app, prefix + (route.path or ""))
+                yield from sites(served.app, prefix + (route.path or ""), plain and _is_bare(served.app))
         elif isinstance(served, APIRoute | APIWebSocketRoute):
-            yield Site(app, route, prefix + (route.path_format or route.path or ""))
+            yield Site(app, route, prefix + (route.path_format or route.path or ""), plain)
+
+
+def _routers(router: Any) -> Iterator[Any]:
+    yield router
+    for route in router.routes:
+        if (included := getattr(route, "original_router", None)) is not None:
+            yield from _routers(included)
+
+
+def _is_frameworks(thing: Any) -> bool:
+    """Say whether an object is of a class, or a method one, that the team has not changed."""
+    module = thing.__module__ if inspect.isfunction(thing) else type(thing).__module__
+    return module.partition(".")[0] in ("fastapi", "starlette")
+
+
+def _is_bare(app: FastAPI) -> bool:
+    """Say whether nothing stands between a mounted app and its router."""
+    built = getattr(app.build_middleware_stack, "__func__", None)
+    return _is_frameworks(app) and built is FastAPI.build_middleware_stack and not app.user_middleware
 
 
 def is_awaited(endpoint: Callable[..., Any]) -> bool:

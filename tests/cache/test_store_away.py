@@ -307,7 +307,7 @@ async def pretending(answer: Callable[[Reader, Writer], Awaitable[None]]) -> Asy
     """A store on a server that does as `answer` does, after it has greeted."""
 
     async def serve(reader: Reader, writer: Writer) -> None:
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"PING\r\n")
             writer.write(b"+PONG\r\n")
             await answer(reader, writer)
@@ -336,8 +336,8 @@ async def test_the_pauses_grow() -> None:
             failures += await crowd(store, 5)
             await sleep(0.01)
     assert [type(failure) for failure in failures] == [StoreUnavailable] * 500
-    # In a second; ten times, if each pause were as short as the first may be.
-    assert 2 <= tried == store.opened <= 6
+    # In a second; ten times, if each pause were as short as the first may be. The last one may not have been used.
+    assert 2 <= store.opened <= tried <= store.opened + 1 <= 7
 
 
 async def test_a_reply_in_parts_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import msgspec
 import pytest
 from cache.service import Service
+from fastapi import FastAPI
+from pydantic import BaseModel, SecretStr
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from support import Item
+from support import Item, client
 
-from overdrive import ConfigurationError, SessionDep, cached
+from overdrive import ConfigurationError, Overdrive, SessionDep, cached
+from overdrive.cache.values import key_of_memoized
 from overdrive.testing import Clock
 
 pytestmark = pytest.mark.anyio
@@ -267,7 +273,7 @@ async def test_an_argument_that_is_named_by_its_address_is_refused(service: Serv
     async def of(value: Any) -> int:
         return 1
 
-    with pytest.raises(ConfigurationError, match=r"of\(\) cannot be told apart by value="):
+    with pytest.raises(ConfigurationError, match="tells calls apart by arguments of plain data"):
         await of(nameless)
     assert await of(f"<object at {id(nameless):#x}>") == 1
 
@@ -304,3 +310,94 @@ async def test_one_endpoints_response_is_dropped(service: Service) -> None:
     for _ in range(2):
         await service.overdrive.cache.invalidate(get_number, number=1)
         assert await service.marks(*paths) == ["miss", "hit", "miss"]
+
+
+# Whose they are
+
+
+async def of(_argument: Any) -> None: ...
+
+
+class Plain:
+    """Its representation says where it is, and another may be there later."""
+
+
+class Short(BaseModel):
+    name: str
+    token: SecretStr = SecretStr("")
+
+
+class Hidden(BaseModel):
+    name: str
+
+    def __repr__(self) -> str:
+        return "<Hidden>"
+
+
+@dataclass
+class Noted:
+    name: str
+    owner: str = field(repr=False)
+
+
+class Struct(msgspec.Struct):
+    name: str
+    owner: str
+
+    def __repr__(self) -> str:
+        return "<Struct>"
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def test_values_of_arguments_that_look_alike_are_apart() -> None:
+    for one, other in [
+        (Hidden(name="alice"), Hidden(name="bob")),
+        ([Noted("a", "alice")], [Noted("a", "bob")]),
+        ([Noted("a", "alice")], [Struct("a", "alice")]),
+        ({"a": Struct("a", "alice")}, {"a": Struct("a", "bob")}),
+        ([Colour.RED], ["red"]),
+        ({1}, {"1"}),
+        ({1: 2}, {1: "2"}),
+        (UUID(int=1), str(UUID(int=1))),
+        (1, "1"),
+        (None, "None"),
+        (True, 1),
+        (("a", "b"), ("a, b",)),
+        (b"a", "a"),
+    ]:
+        assert key_of_memoized(of, one) != key_of_memoized(of, other)
+        assert key_of_memoized(of, one) == key_of_memoized(of, _argument=deepcopy(one))
+    assert key_of_memoized(of, {"a", "b", "c"}) == key_of_memoized(of, {"c", "b", "a"})
+
+
+@pytest.mark.parametrize("argument", [Plain(), SecretStr("a"), Short(name="a"), [Plain()], of])
+def test_an_argument_that_is_no_plain_data_is_refused(argument: Any) -> None:
+    with pytest.raises(ConfigurationError, match="of plain data"):
+        key_of_memoized(of, argument)
+
+
+async def test_no_tenant_gets_anothers_value(sqlite_url: str) -> None:
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=sqlite_url, cache=True, tenant=lambda request: request.headers["x-tenant"])
+    asked: list[str] = []
+
+    @overdrive.cache.memoize()
+    async def plan() -> str:
+        return asked[-1]
+
+    @app.get("/plan")
+    async def get_plan() -> str:
+        return await plan()
+
+    async with client(app) as http:
+        for tenant in ("a", "b", "a", "b"):
+            asked.append(tenant)
+            assert (await http.get("/plan", headers={"x-tenant": tenant})).json() == tenant
+        asked.append("c")
+        assert (await http.get("/plan", headers={"x-tenant": "a"})).json() == "a"
+        await overdrive.cache.invalidate(plan)
+        assert (await http.get("/plan", headers={"x-tenant": "a"})).json() == "c"
+    await overdrive.aclose()

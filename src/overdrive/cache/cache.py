@@ -154,6 +154,7 @@ class Cache:
         shared: whether all tenants have the same one. Left out, each has its own, and a request of none loads anew;
             what is kept outside of requests is not theirs either.
 
+        A tenant has values of its own, where the app has several: what one's request has read is not for another's.
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
         msgspec cannot write or read, and for tags that are no names.
         """
@@ -169,9 +170,8 @@ class Cache:
     ) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
         """Keep what a coroutine function returns, by its arguments; typed by its return annotation.
 
-        ttl, tags, shared: see `get_or_set`.
-
-        A call raises `ConfigurationError` for an argument that has no other name than its address, such as a session.
+        ttl, tags, shared: see `get_or_set`. The arguments are plain data, and models or dataclasses of it: a call with
+        any other raises `ConfigurationError`, as nothing tells it from the next.
         """
         own = tags_of(tags)
         return lambda function: self._values.memoize(function, ttl, own, shared=shared)

@@ -39,6 +39,7 @@ def key_of(
     plan: KeyPlan,
     *,
     host: str,
+    root_path: str = "",
     path: str,
     query: str,
     headers: Sequence[Sequence[str]],
@@ -49,6 +50,7 @@ def key_of(
 ) -> str:
     """Return the key as 32 hexadecimal digits.
 
+    root_path: what of the path's front is not the route's (ASGI's root path).
     query: the raw query string; the order of different parameters does not matter, that of equal ones does.
     headers, cookies: the values of the plan's names, None where the request has none.
     principals: who is asking, by each of the route's dependencies that says so.
@@ -59,7 +61,7 @@ def key_of(
     if plan.parameters is not None:
         parameters = [pair for pair in parameters if pair[0] in plan.parameters]
     parameters.sort(key=lambda pair: pair[0])
-    parts = (plan.fingerprint, host.lower(), path, parameters, headers, cookies, principals, tenant, body)
+    parts = (plan.fingerprint, host.lower(), root_path, path, parameters, headers, cookies, principals, tenant, body)
     return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
 
 
@@ -129,7 +131,9 @@ def _address(scope: Mapping[str, Any], tenant: str | None) -> tuple[Any, ...]:
         if name == b"host":
             host = value
             break
-    return tenant, host, scope["path"], scope["query_string"]
+    # A mount changes the root path, and keeps the app's.
+    root_path = scope.get("app_root_path", scope.get("root_path", ""))
+    return tenant, host, root_path, scope["path"], scope["query_string"]
 
 
 def _pairs(scope: Mapping[str, Any], names: frozenset[bytes]) -> tuple[Any, ...]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
+from uuid import UUID
 
 import msgspec
 
@@ -39,21 +44,41 @@ def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """Return what stands for a call of a function with all of its arguments, of which 1 is not "1"."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    for name, value in bound.arguments.items():
-        if _is_named_by_address(value):
-            raise ConfigurationError(
-                f"calls of {function.__qualname__}() cannot be told apart by {name}={value!r}, which is named by its "
-                "address, and another may have that later: give it a __repr__ of its own, or keep what does not take it"
-            )
-    return key_of_call(function, {name: repr(value) for name, value in bound.arguments.items()})
+    return key_of_call(function, {name: _told(value) for name, value in bound.arguments.items()})
 
 
-def _is_named_by_address(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_is_named_by_address, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return any(map(_is_named_by_address, value))
-    return f"{id(value):x}" in repr(value).lower()
+#: Of these types, and no subclasses, the representation is the value.
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes, Decimal, UUID, date, datetime, time, timedelta))
+
+
+def _told(value: Any) -> str:
+    """Return text that stands for an argument and for no other; raises `ConfigurationError` where there is none.
+
+    An object's own representation does not do: it may be what others have too, or hide what tells them apart.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return repr(value)
+    if isinstance(value, Enum):
+        told = _told(value.value)
+    elif kind in (list, tuple):
+        told = ",".join(map(_told, value))
+    elif kind in (set, frozenset):
+        told = ",".join(sorted(map(_told, value)))
+    elif kind is dict:
+        told = ",".join(sorted(f"{_told(name)}:{_told(each)}" for name, each in value.items()))
+    elif is_dataclass(kind):
+        told = _told({each.name: getattr(value, each.name) for each in fields(kind)})
+    elif isinstance(value, msgspec.Struct):
+        told = _told(msgspec.structs.asdict(value))
+    elif hasattr(kind, "__pydantic_fields__"):
+        told = _told(dict(value))
+    else:
+        raise ConfigurationError(
+            f"memoize() tells calls apart by arguments of plain data, and a {kind.__qualname__} is none: give what "
+            "the function needs of it, an id say"
+        )
+    return f"{kind.__module__}.{kind.__qualname__}({told})"
 
 
 def tag_of_call(key: str) -> str:
