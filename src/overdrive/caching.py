@@ -20,6 +20,7 @@ from .cache.conditional import if_none_match
 from .cache.exchange import Exchange
 from .cache.key import KeyPlan, Shortcuts, key_of
 from .cache.policy import Policy
+from .cache.trust import Trust
 from .cache.values import key_of_call, tag_of_call
 from .context import RequestContext, current
 from .endpoint import (
@@ -42,17 +43,21 @@ KnownRequests: TypeAlias = Shortcuts[tuple[Policy, str, FastAPI]]
 _OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory)
 
 
-def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests) -> None:
+def cache_route(
+    site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests, trust: Trust
+) -> KeyPlan | str:
     """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
     plan = key_plan(site, mark, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
-        return
+        return plan
     calls = [dependant.call for dependant in site.dependencies()]
     # A route that is found by more than its address is found by the router alone.
     by_address = type(site.route.original_route).matches is APIRoute.matches
     alone = all(isinstance(call, _OURS) or _is_of_pages(call) for call in calls)
-    policy = Policy(ttl, plan, site.template, early=by_address and (mark.public or (alone and not plan.private)))
+    # What is not to be answered need not be found early.
+    early = trust.mode == "on" and by_address and (mark.public or (alone and not plan.private))
+    policy = Policy(ttl, plan, site.template, early, trust)
     asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     add_dependency(
         site, _look_up(site, policy, calls, shortcuts, [_principal_of(dependant.call) for dependant in asking])
@@ -61,6 +66,7 @@ def cache_route(site: Site, mark: Mark, ttl: float, database: str, shortcuts: Kn
     last = site.route.dependant.dependencies[-1]
     last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
+    return plan
 
 
 def _is_of_pages(call: Any) -> bool:
@@ -291,6 +297,35 @@ def _fingerprint(route: Any, ttl: float, database: str) -> str:
         route.status_code,
     )
     return blake2b(repr((database, route.path_format, schema, shape, ttl)).encode(), digest_size=8).hexdigest()
+
+
+def identities(site: Site, mark: Mark) -> list[str]:
+    """Name what says who is asking a route: dependencies, as `get_user()`, and where credentials are read from."""
+    names: set[str] = set()
+    for dependant in _graph(site, mark):
+        if _principal_of(dependant.call):
+            names.add(f"{getattr(dependant.call, '__name__', type(dependant.call).__name__)}()")
+        elif isinstance(dependant.call, SecurityBase) and (read := _credential(dependant.call)):
+            names.add(" ".join(read))
+        names |= {f"cookie {name}" for name in _names(dependant.cookie_params)}
+        names |= {f"header {name}" for name in _names(dependant.header_params) if name.lower() == "authorization"}
+    return sorted(names)
+
+
+def declared_names(site: Site) -> frozenset[str]:
+    """Return the names that the objects in a route's responses may have, by its response model."""
+    if site.route.response_model is None:
+        return frozenset()
+    pending: list[Any] = [TypeAdapter(site.route.response_model).json_schema(mode="serialization")]
+    names: set[str] = set()
+    while pending:
+        schema = pending.pop()
+        if isinstance(schema, dict):
+            names |= set(schema.get("properties", ()))
+            pending += schema.values()
+        elif isinstance(schema, list):
+            pending += schema
+    return frozenset(names)
 
 
 def check_replaced_call() -> None:

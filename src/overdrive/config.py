@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
@@ -48,6 +48,10 @@ class CacheSettings(BaseModel):
     max_bytes: what entries in the process may take in all; left out, a sixteenth of the memory the process may use.
         What is asked for often stays.
     max_body: bytes above which a body is sent but not stored.
+    mode: "on", "shadow" or "off" where `@cached()` names none.
+    verify: the share of hits, from 0 to 1, that are made anew and compared where `@cached()` names none.
+    off: templates of routes that are off whatever they say, `/users/{user_id}`; as text a list of JSON, or one of
+        names between commas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +61,23 @@ class CacheSettings(BaseModel):
     prefix: str = Field("overdrive", min_length=1)
     max_bytes: int | None = Field(None, ge=1)
     max_body: int = Field(1_048_576, ge=1)
+    mode: Literal["on", "shadow", "off"] = "on"
+    verify: float = Field(0, ge=0, le=1)
+    off: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("off", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return from_json(value) if value.startswith("[") else [name.strip() for name in value.split(",")]
+        return value
+
+    @field_validator("off")
+    @classmethod
+    def _templates(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not name.rpartition(" ")[2].startswith("/")]:
+            raise ValueError(f"a route is called by its template, /users/{{user_id}}, not {wrong[0]!r}")
+        return names
 
 
 class LogSettings(BaseModel):

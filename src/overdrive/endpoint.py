@@ -13,6 +13,7 @@ from fastapi import Depends, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from .cache.trust import Mode
 from .context import RequestContext, current
 from .errors import ConfigurationError, NotInstalledError
 from .pool.session import (
@@ -141,9 +142,21 @@ def _request(what: str, instead: str) -> RequestContext:
 @overload
 def cached(endpoint: F, /) -> F: ...
 @overload
-def cached(*, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None) -> Callable[[F], F]: ...
 def cached(
-    endpoint: Any = None, /, *, ttl: float | timedelta | None = None, scope: Literal["public"] | None = None
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    mode: Mode | None = None,
+    verify: float | None = None,
+) -> Callable[[F], F]: ...
+def cached(
+    endpoint: Any = None,
+    /,
+    *,
+    ttl: float | timedelta | None = None,
+    scope: Literal["public"] | None = None,
+    mode: Mode | None = None,
+    verify: float | None = None,
 ) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
@@ -151,22 +164,31 @@ def cached(
     scope: "public" says that everybody gets the same response, whoever is asking: then a hit is answered before
         the route's dependencies, those that authenticate among them. Left out, a response belongs to whoever the
         route's dependencies read the identity of, and they run first.
+    mode: "on" answers with what is kept. "shadow" never does: the endpoint runs, its response is sent and compared
+        with what is kept, and differences are counted and logged by their JSON paths. "off" leaves the cache out.
+        Left out, the setting `cache.mode` decides.
+    verify: the share of hits, from 0 to 1, that are treated as in shadow while the mode is "on"; left out, the
+        setting `cache.verify` decides.
 
     It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
-    `ConfigurationError` for a `ttl` that is not positive.
+    `ConfigurationError` for a `ttl` that is not positive, and any other value that is none of these.
     """
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if scope not in (None, "public"):
         raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
     if seconds is not None and not seconds > 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
+    if mode not in (None, "on", "shadow", "off"):
+        raise ConfigurationError(f'@cached(mode=...) takes "on", "shadow" or "off", not {mode!r}')
+    if verify is not None and not (isinstance(verify, int | float) and 0 <= verify <= 1):
+        raise ConfigurationError(f"@cached(verify=...) takes a share from 0 to 1, not {verify!r}")
 
     def mark(function: F) -> F:
         if not callable(function):
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, Mark(seconds, scope == "public"))
+        setattr(function, CACHED, Mark(seconds, scope == "public", mode, verify))
         return function
 
     return mark if endpoint is None else mark(endpoint)
@@ -174,10 +196,12 @@ def cached(
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint: seconds to live, or None for the setting's, and whose responses are."""
+    """What `cached` was told of an endpoint: whose its responses are, and what is None where a setting decides."""
 
     ttl: float | None
     public: bool
+    mode: Mode | None = None
+    verify: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ from starlette.middleware import Middleware
 from starlette.routing import compile_path
 
 from .cache.cache import Cache
-from .cache.key import Shortcuts
+from .cache.key import KeyPlan, Shortcuts
 from .cache.policy import Policy
-from .caching import KnownRequests, cache_route, check_replaced_call
-from .config import PaginationSettings
+from .cache.trust import Trust, is_known, template_of
+from .caching import KnownRequests, cache_route, check_replaced_call, declared_names
+from .config import CacheSettings, PaginationSettings
 from .context import RequestContext
-from .endpoint import CACHED, RequestSession, SyncRequestSession
+from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
@@ -65,6 +66,8 @@ class Installation:
         self._shortcuts: KnownRequests = Shortcuts()
         #: By the id of a route's dependant, which is kept here so that no other gets its id.
         self._prepared: dict[int, Any] = {}
+        #: By the same: what the responses of a route that is marked are kept by, or why they are not.
+        self.plans: dict[int, KeyPlan | str] = {}
         #: By the id of an endpoint: it need not be hashable.
         self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
         self._build_stack = app.build_middleware_stack
@@ -201,6 +204,16 @@ class Installation:
             self._prepare(site)
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_request_errors(mounted)
+        self._complain_of_unknown_names()
+
+    def _complain_of_unknown_names(self) -> None:
+        """Say which names in `cache.off` are no route's: whoever has set them means one that is not off."""
+        if self.runtime is None:
+            return
+        known = self.runtime.cache.ledger.routes
+        for name in self.runtime.settings.cache.off:
+            if not is_known(name, known):
+                logger.warning("OVERDRIVE_CACHE__OFF: no cached route is called %s", name)
 
     def _prepare(self, site: Site) -> None:
         served = self._templates.setdefault(id(site.route.endpoint), [])
@@ -217,8 +230,13 @@ class Installation:
         if works(check_added_dependency) and works(check_replaced_call):
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
+            cache = self.runtime.cache
+            trust = trust_of(site, mark, self.runtime.settings.cache)
             try:
-                cache_route(site, mark, mark.ttl or self.runtime.cache.ttl, database, self._shortcuts)
+                plan = cache_route(site, mark, mark.ttl or cache.ttl, database, self._shortcuts, trust)
+                self.plans[id(site.route.dependant)] = plan
+                if not isinstance(plan, str):
+                    cache.ledger.routes[site.name] = trust
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
@@ -238,6 +256,15 @@ def _answer_request_errors(app: FastAPI) -> None:
 
 
 # What is asked of a route
+
+
+def trust_of(site: Site, mark: Mark, settings: CacheSettings) -> Trust:
+    """Return how the hits of a route that is marked are treated."""
+    mode = "off" if site.template in map(template_of, settings.off) else mark.mode or settings.mode
+    verify = settings.verify if mark.verify is None else mark.verify
+    # Only what compares responses tells names.
+    names = declared_names(site) if mode == "shadow" or (mode == "on" and verify) else ()
+    return Trust(mode, verify if mode == "on" else 0.0, names)
 
 
 def refuse_misuse(site: Site) -> None:

@@ -8,17 +8,24 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
+from overdrive.errors import ConfigurationError
+
 from .conditional import Header, with_etag
 from .entry import FORMAT, Entry, Instant, State
 from .flight import Flights, Landed
 from .invalidation import Invalidator
 from .store import Store, StoreUnavailable
+from .trust import EVERYTHING, Ledger, is_known, is_off, template_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
 if TYPE_CHECKING:
     from .exchange import Exchange
+    from .policy import Policy
 
 logger = logging.getLogger("overdrive")
+
+#: Seconds between two reports of what was counted to those who share the store.
+_REPORT_INTERVAL = 5.0
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -50,7 +57,9 @@ class Cache:
         self.clock = clock
         self.invalidator = Invalidator(store)
         self.flights = Flights()
+        self.ledger = Ledger()
         self._values = Values(self)
+        self._reported_at = time.monotonic()
         self._complained: set[tuple[str | None, str]] = set()
 
     def use(self, store: Store) -> None:
@@ -60,6 +69,43 @@ class Cache:
     async def clear(self) -> None:
         """Drop every entry, in every worker that shares the store."""
         await self.store.clear()
+
+    async def off(self, route: str | None = None) -> frozenset[str]:
+        """Switch the cache off, for one route or for all, in every worker that shares the store, with its next look-up.
+
+        route: its template, `/users/{user_id}` or `GET /users/{user_id}`; left out, the whole cache, values too.
+
+        Requests go on to their endpoints, and writes are announced as ever, so that nothing is outdated when it is
+        switched on again. Returns the names of what is off now, `*` for everything. Raises `ConfigurationError` for
+        a route that is not cached here, and `StoreUnavailable` where the others could not be told.
+        """
+        return await self.store.switch(self._name_of(route), off=True)
+
+    async def on(self, route: str | None = None) -> frozenset[str]:
+        """Undo `off` with the same argument: a route that is off by itself stays off when all are switched on."""
+        return await self.store.switch(self._name_of(route), off=False)
+
+    def _name_of(self, route: str | None) -> str:
+        if route is None:
+            return EVERYTHING
+        known = self.ledger.routes
+        # Before the app's first request nobody knows what routes there will be.
+        if known and not is_known(route, known):
+            raise ConfigurationError(f"no cached route is called {route!r}; there are {', '.join(sorted(known))}")
+        return template_of(route)
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """Return what was counted in this process: for each cached route, by its name, the counts of `Trust`."""
+        return self.ledger.statistics()
+
+    async def aclose(self) -> None:
+        """Give back what the store holds open, and tell those who share it what was counted here."""
+        self._report()
+        await self.store.aclose()
+
+    def _report(self) -> None:
+        if self.enabled and (counts := self.ledger.unreported()) and self.store.add(counts):
+            self.ledger.reported(counts)
 
     @overload
     async def invalidate(self, *tags: str) -> None: ...
@@ -134,18 +180,39 @@ class Cache:
         except StoreUnavailable:
             # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
+        else:
+            now = time.monotonic()
+            if now - self._reported_at >= _REPORT_INTERVAL:
+                self._reported_at = now
+                self._report()
 
-    def held(self, key: str) -> Entry | None:
+    def held(self, policy: Policy, key: str) -> Entry | None:
         """Return what answers a request now, if it is in this process; asks nobody."""
-        if not self.enabled or self.invalidator.is_behind:
+        trust = policy.trust
+        if not self.enabled or trust.due or self.invalidator.is_behind:
+            return None
+        if self.store.off and self.is_off(policy.route):
             return None
         entry = self.store.held(key)
-        return entry if entry is not None and self.clock() - entry.created < entry.ttl else None
+        if entry is None or self.clock() - entry.created >= entry.ttl:
+            return None
+        trust.at_once += 1
+        if trust.verify:
+            trust.decide()
+        return entry
+
+    def is_off(self, route: str | None) -> bool:
+        """Say whether a route was switched off, or, where it is None, everything."""
+        off = self.store.off
+        return bool(off) and is_off(off, route)
 
     async def _load(self, exchange: Exchange) -> None:
         while True:
             entry, instant, versions = await self.store.load(exchange.key, exchange.policy.plan.fingerprint)
             exchange.looked_up(instant)
+            if self.is_off(exchange.policy.route):
+                exchange.bypass("off")
+                return
             state = entry.state(self.clock(), instant.epoch, versions) if entry is not None else None
             if entry is not None and state is State.FRESH:
                 exchange.hit(entry, self.clock())
@@ -169,7 +236,7 @@ class Cache:
         instant, policy = exchange.instant, exchange.policy
         if instant is None:
             return None
-        return await self.keep(
+        entry = await self.keep(
             exchange.key,
             policy.plan.fingerprint,
             instant,
@@ -178,6 +245,8 @@ class Cache:
             headers=with_etag(exchange.headers, body),
             body=body,
         )
+        policy.trust.stored(None if entry is None else len(body))
+        return entry
 
     async def keep(
         self,

@@ -11,6 +11,7 @@ from .conditional import Header, is_current, not_modified, with_etag
 from .entry import Entry, Instant
 from .flight import Flight, Landed, Landing
 from .policy import Policy, reason_not_to_store
+from .shadow import differs
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -53,6 +54,7 @@ class Exchange:
     __slots__ = (
         "_cache",
         "_chunks",
+        "_doubted",
         "_flight",
         "_if_none_match",
         "_mark",
@@ -66,6 +68,8 @@ class Exchange:
         "instant",
         "key",
         "policy",
+        "status",
+        "why",
     )
 
     def __init__(
@@ -80,10 +84,16 @@ class Exchange:
         self.headers: list[Header] = []
         #: What answers this request, once the look-up has found it.
         self.entry: Entry | None = None
+        #: Why the cache has had no answer, in a word.
+        self.why = "error"
+        #: The status of the response that is made instead, once it has begun.
+        self.status: int | None = None
         self._cache = cache
         self._if_none_match = if_none_match
         self._mark = "bypass"
         self._status = ""
+        #: What was found, where it is to be compared with what the endpoint gives.
+        self._doubted: Entry | None = None
         self._flight: Flight | None = None
         self._start: Message | None = None
         self._not_modified = False
@@ -94,6 +104,8 @@ class Exchange:
         """Set `entry` to what answers this request, if there is such an entry."""
         if self.context.wrote:
             self.bypass("wrote")
+        elif self.policy.trust.mode == "off":
+            self.bypass("off")
         else:
             await self._cache.look_up(self)
 
@@ -106,19 +118,28 @@ class Exchange:
 
     def bypass(self, why: str) -> None:
         """Note that the cache does not take part."""
-        self._mark, self._status = "bypass", f"fwd=bypass; detail={why}"
+        self._doubted = None
+        self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
 
     def miss(self, kind: str, detail: str = "") -> None:
         """Note that the cache had no answer."""
-        self._mark, self._status = "miss", f"fwd={kind}" + (f"; detail={detail}" if detail else "")
+        self._mark, self.why = "miss", kind
+        self._status = f"fwd={kind}" + (f"; detail={detail}" if detail else "")
 
     def hit(self, entry: Entry, now: float, *, collapsed: bool = False) -> None:
         """Note that the cache had the answer, or got it meanwhile for another request."""
+        if not collapsed and (why := self.policy.trust.doubts()):
+            self.bypass(why)
+            self._doubted = entry
+            return
         self.entry, self._mark = entry, "hit"
         self._status = "fwd=uri-miss; collapsed" if collapsed else f"hit; ttl={int(entry.created + entry.ttl - now)}"
 
     def lead_or_follow(self) -> Flight | None:
         """Return the flight to wait for; None where this request goes ahead, for those that ask the same meanwhile."""
+        # Nobody is sent another's response in shadow.
+        if self.policy.trust.mode == "shadow":
+            return None
         # A flight that left before a write brings what was read before it.
         flight, leads = self._cache.flights.join((self.key, self.instant))
         if not leads:
@@ -132,6 +153,7 @@ class Exchange:
         """Send the response that the look-up has found."""
         assert self.entry is not None
         self.context.cache_status = self._mark
+        self.policy.trust.early += 1
         for message in replayed(self.entry, self._cache.clock(), self._if_none_match, self._said()):
             await send(message)
 
@@ -165,6 +187,7 @@ class Exchange:
 
         body: all of it, where that is known already.
         """
+        self.status = status
         sent = list(own)
         if self.entry is not None and status != self.entry.status:
             # A dependency has failed on its way out, so this is not the stored answer.
@@ -176,7 +199,7 @@ class Exchange:
         else:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", b"private, no-cache" if self.policy.plan.private else b"no-cache"))
-            if self._mark == "miss":
+            if self._mark == "miss" or self._doubted is not None:
                 self._decide(status, own)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
@@ -193,12 +216,15 @@ class Exchange:
 
     def _decide(self, status: int, headers: list[Header]) -> None:
         reason = self._reason_not_to_store(status, headers)
+        self._storing = reason is None
+        if self._doubted is not None:
+            # Whether it is kept is decided when all of it is there.
+            return
         if reason is None:
             self._status += "; stored"
         else:
             # A parameter has one value, and why nothing is stored outlives why nothing was found.
             self._status = f"{self._status.partition('; detail=')[0]}; detail={reason}"
-        self._storing = reason is None
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
         if self.context.wrote:
@@ -221,9 +247,13 @@ class Exchange:
     async def _keep(self) -> None:
         """Store the response, now that all of it is there, and share it with those who wait."""
         kept: Entry | None = None
-        if self._storing:
-            self._storing = False
-            kept = await self._cache.fill(self, b"".join(self._chunks))
+        storing, self._storing = self._storing, False
+        doubted, self._doubted = self._doubted, None
+        body = b"".join(self._chunks)
+        if doubted is not None and not await differs(self._cache, self, doubted, body if storing else None):
+            storing = False
+        if storing:
+            kept = await self._cache.fill(self, body)
         self._end(kept or Landed.ALONE)
 
     def fail(self, error: Exception) -> None:
@@ -231,8 +261,9 @@ class Exchange:
         self._end(error)
 
     def leave(self) -> None:
-        """Let somebody else take over, if this request was to answer others and has not."""
+        """Let somebody else take over, if this request was to answer others and has not; count it."""
         self._end(Landed.NOWHERE)
+        self.policy.trust.count(self._mark, self.why)
 
     def _end(self, landed: Landing) -> None:
         flight, self._flight = self._flight, None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .conditional import Header
 from .key import KeyPlan
+from .trust import Trust
 
 _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
 
@@ -20,12 +21,14 @@ class Policy:
     route: its template.
     early: whether nothing but its parameters has a say in who gets them, so that a hit may be served before the
         route's dependencies are resolved.
+    trust: how its hits are treated, and how it has done.
     """
 
     ttl: float
     plan: KeyPlan
     route: str | None = None
     early: bool = False
+    trust: Trust = field(default_factory=Trust, compare=False)
 
 
 def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, max_body: int) -> str | None:

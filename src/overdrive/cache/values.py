@@ -80,6 +80,8 @@ class Values:
                 entry, instant = await self._find(name, fingerprint)
             except StoreUnavailable:
                 return await load()
+            if self._cache.is_off(None):
+                return await load()
             if entry is None:
                 flight, leads = self._cache.flights.join((name, instant))
                 if leads:
