@@ -110,11 +110,11 @@ end
 # KEYS: what is off.  ARGV: a name, and whether it is to be off. Returns what is off now.
 _SWITCH = _Script("""
 local names = {}
-for name in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\n]+') do
+for name in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
     if name ~= ARGV[1] then names[#names + 1] = name end
 end
 if ARGV[2] == '1' then names[#names + 1] = ARGV[1] end
-local text = table.concat(names, '\n')
+local text = table.concat(names, '\\n')
 if text == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], text) end
 return text
 """)
