@@ -25,7 +25,7 @@ from .endpoint import CACHED, Mark, RequestSession, SessionFactory, SyncRequestS
 from .errors import ConfigurationError
 from .installer import Installation, refuse_misuse, trust_of
 from .pool.explain import read_only
-from .routes import Site, is_awaited, page_style, sites
+from .routes import Site, is_awaited, page_model, page_style, sites
 
 _PAGES = {"page": "page by number", "limit_offset": "page by limit and offset", "cursor": "page by cursor"}
 
@@ -155,11 +155,14 @@ def _verdict(site: Site, mark: Mark, plan: KeyPlan | str) -> str:
 
 def _inputs(site: Site, mark: Mark, plan: KeyPlan, overdrive: Overdrive) -> list[str]:
     names = ["host", "path"]
-    if plan.parameters is None:
+    # A page puts the whole address into its links and cursors.
+    if plan.parameters is None or page_model(site) is not None:
         names.append("every query parameter")
     else:
         names += [f"query {name}" for name in sorted(plan.parameters)]
-    names += [f"header {name}" for name in plan.headers] + [f"cookie {name}" for name in plan.cookies]
+    # Some servers have underscores for hyphens, so that both are looked at.
+    headers = [name for name in plan.headers if "_" not in name]
+    names += [f"header {name}" for name in headers] + [f"cookie {name}" for name in plan.cookies]
     names += [name for name in identities(site, mark) if name.endswith("()")]
     return [*names, "tenant"] if overdrive.tenant is not None else names
 
