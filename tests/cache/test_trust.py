@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.background import BackgroundTask
 from support import Item, client, on_uvicorn
 
 from overdrive import ConfigurationError, Overdrive, SessionDep, Settings, cached
@@ -135,18 +136,35 @@ async def test_another_status(service: Service, status: int, checked: int, misma
     assert counted(service)["stores"] == 1
 
 
-async def test_nobody_gets_anothers_response_in_shadow(service: Service) -> None:
+async def test_nobody_waits_for_anothers_response_in_shadow(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     state = drifting(service, mode="shadow")
-    waiting = asyncio.Event()
+    monkeypatch.delattr("overdrive.cache.flight.Flight.landing")
+    all_are_in = asyncio.Event()
 
     async def meanwhile() -> None:
         if len(service.ran) == 3:
-            waiting.set()
-        await waiting.wait()
+            all_are_in.set()
+        await asyncio.wait_for(all_are_in.wait(), 10)
 
     state["meanwhile"] = meanwhile
-    await asyncio.gather(*(service.get("/rate") for _ in range(3)))
+    answers = await asyncio.gather(*(service.get("/rate") for _ in range(3)))
+    assert [each.status_code for each in answers] == [200] * 3
     assert service.ran == ["/rate"] * 3
+
+
+async def test_a_response_with_a_task_in_it_replaces_nothing(service: Service) -> None:
+    numbers = count()
+
+    @service.app.get("/task")
+    @cached(mode="shadow")
+    async def task() -> Response:
+        number = next(numbers)
+        return Response(str(number), background=BackgroundTask(dict) if number else None)
+
+    answers = [await service.get("/task") for _ in range(3)]
+    assert [each.text for each in answers] == ["0", "1", "2"]
+    assert answers[2].headers["cache-status"] == "overdrive; fwd=bypass; detail=background-task"
+    assert counted(service, "GET /task")["stores"] == 1
 
 
 async def test_what_is_not_kept_replaces_nothing(service: Service) -> None:
