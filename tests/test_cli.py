@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -324,19 +325,23 @@ def test_inspecting_an_app() -> None:
     Path("shop.py").write_text(_APP)
     done = overdrive("inspect", "shop:app")
     assert (done.returncode, done.stderr) == (0, "")
-    layers, routes = done.stdout.split("\n\n")
+    layers, routes, cache, _ = done.stdout.split("\n\n")
     names = [line.strip() for line in layers.splitlines()[1:]]
     assert names[0] == "Observer"
     assert names.index("ServerErrorMiddleware") < names.index("RequestPath") < names.index("APIRouter")
     treatments = dict(line.strip().split("  ", 1) for line in routes.splitlines()[1:])
     assert {route: treatment.strip() for route, treatment in treatments.items()} == {
-        "GET /items": "page by number; cached 30 s; async session",
-        "GET /whole": "not cached: whole() takes the whole request, and nobody can tell what it reads of it: say so by "
-        "declare(whole, principal=...) or declare(whole, ignore=True)",
+        "GET /items": "page by number; async session",
+        "GET /whole": "-",
         "GET /plain": "sync session",
         "POST /items": "async session; async session factory",
         "WEBSOCKET /live": "async session factory",
     }
+    assert [" ".join(line.split()) for line in cache.splitlines()[2:]] == [
+        "GET /items off: the cache is (cache.enabled) 30 s - - - - cached host, path, every query parameter",
+        "GET /whole off: the cache is (cache.enabled) 60 s - - - - not cached: whole() takes the whole request, and "
+        "nobody can tell what it reads of it: say so by declare(whole, principal=...) or declare(whole, ignore=True)",
+    ]
 
 
 def test_inspecting_an_app_that_could_not_serve() -> None:
@@ -370,3 +375,74 @@ def test_what_an_app_s_module_misses_is_shown_whole() -> None:
     assert done.returncode == 1
     assert "shop.py" in done.stderr
     assert "ModuleNotFoundError: No module named 'nothing_of_that_name'" in done.stderr
+
+
+def test_what_workers_have_counted_and_what_is_off(redis_url: str) -> None:
+    Path("shop.py").write_text(_APP)
+    counts = {"late": 3, "misses": 1, "bytes": 70, "mismatches": 2, "bypassed.off": 2}
+    with Redis.from_url(redis_url) as server:
+        for name, number in counts.items():
+            server.hincrby("overdrive:counts", f"GET /items\n{name}", number)
+        server.set("overdrive:off", "/whole")
+    variables = {"OVERDRIVE_REDIS_URL": redis_url, "OVERDRIVE_CACHE__ENABLED": "true"}
+    done = overdrive("inspect", "shop:app", **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    cache, off = done.stdout.partition("Cache:\n")[2].split("\n\n")
+    head, items, whole = [" ".join(line.split()) for line in cache.splitlines()]
+    assert head == "route mode ttl hits of bytes mismatches verdict key of"
+    assert items == "GET /items on 30 s 50.0% 6 70 2 cached host, path, every query parameter"
+    assert whole.startswith("GET /whole off: switched 60 s - 0 0 0 not cached: whole() takes")
+    assert off == "off now: /whole\n"
+    document = json.loads(overdrive("inspect", "shop:app", "--json", **variables).stdout)
+    assert document["cached"]["GET /items"]["counts"] == counts
+    assert document["off"] == ["/whole"]
+
+
+# explain
+
+
+def test_explaining_a_request() -> None:
+    Path("shop.py").write_text(
+        _APP.replace("async def whole(request: Request) -> None", 'def whole(key: str = "") -> None')
+    )
+    arguments = "explain", "shop:app", "get", "/whole?key=hush", "--header", "Authorization: Bearer hush"
+    done = overdrive(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[:5] == [
+        "request GET /whole",
+        "route GET /whole",
+        "mode off: the cache is (cache.enabled)",
+        "verdict cached",
+        "key of host, path, query key",
+    ]
+    assert "another process" in lines[-1]
+    assert "hush" not in done.stdout
+    assert "its endpoint is not marked @cached" in overdrive("explain", "shop:app", "GET", "/plain", "--json").stdout
+    assert "looks like name:value" in complaint(overdrive(*arguments[:4], "--header", "nothing"))
+
+
+# off and on
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("cache",), "OVERDRIVE_REDIS_URL"), (("pool",), "'pool' cannot be switched")]
+)
+def test_switching_what_cannot_be_switched(arguments: tuple[str, ...], message: str) -> None:
+    assert message in complaint(overdrive("off", *arguments))
+
+
+def test_switching_routes_of_an_app(redis_url: str, closed_port: int) -> None:
+    Path("shop.py").write_text(_APP)
+    done = overdrive("off", "cache", "shop:app", "--route", "GET /items", "--route", "/whole", "--redis-url", redis_url)
+    assert (done.stdout, done.stderr) == ("off now: /items, /whole\n", "")
+    line = complaint(overdrive("off", "cache", "shop:app", "--route", "/plain", OVERDRIVE_REDIS_URL=redis_url))
+    assert "no cached route is called '/plain'; there are GET /items, GET /whole" in line
+    assert "is no route's template" in complaint(
+        overdrive("off", "cache", "--route", "items", "--redis-url", redis_url)
+    )
+    done = overdrive("on", "cache", "--route", "/items", OVERDRIVE_REDIS_URL=redis_url)
+    assert done.stdout == "off now: /whole\n"
+    assert "no worker has told of a route '/items'" in done.stderr
+    away = f"redis://127.0.0.1:{closed_port}/0"
+    assert "cannot be reached" in complaint(overdrive("off", "cache", "--redis-url", away))

@@ -6,6 +6,7 @@ import os
 
 import pytest
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from overdrive import ConfigurationError, Settings
 
@@ -39,6 +40,9 @@ def test_defaults() -> None:
             "max_body": 1_048_576,
             "gzip": True,
             "hide_status": False,
+            "mode": "on",
+            "verify": 0,
+            "off": (),
         },
         "log": {"events": True, "request_id_header": "x-request-id"},
         "pagination": {"size": 50, "max_size": 100, "max_offset": 1_000_000, "link_header": True, "secrets": ()},
@@ -60,6 +64,9 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "CACHE__MAX_BODY": 6,
         "CACHE__GZIP": False,
         "CACHE__HIDE_STATUS": True,
+        "CACHE__MODE": "shadow",
+        "CACHE__VERIFY": 0.5,
+        "CACHE__OFF": '["/one", "/two"]',
         "LOG__EVENTS": False,
         "LOG__REQUEST_ID_HEADER": "x-id",
         "PAGINATION__SIZE": 7,
@@ -79,6 +86,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         for part in ("pool", "cache", "log", "pagination")
         for name, value in read[part].items()
     }
+    assert list(flat.pop("cache__off")) == from_json(given.pop("CACHE__OFF"))
     flat |= {name: read[name] for name in ("database_url", "redis_url")}
     assert {name.upper(): value for name, value in flat.items()} == given
 

@@ -172,7 +172,7 @@ class Overdrive:
             await engine.dispose()
         for sync_engine in self._owned_sync:
             await anyio.to_thread.run_sync(sync_engine.dispose)
-        await self.cache.store.aclose()
+        await self.cache.aclose()
         for handler in _log_handlers():
             await anyio.to_thread.run_sync(handler.close)
 

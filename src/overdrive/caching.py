@@ -20,6 +20,7 @@ from .cache.exchange import Exchange, form_of, wishes_of
 from .cache.key import KeyPlan, Shortcuts, canonical_json, key_of
 from .cache.policy import Policy
 from .cache.tags import tag_of_tenant
+from .cache.trust import Trust
 from .cache.values import key_of_call, tag_of_call
 from .config import CacheSettings
 from .context import RequestContext, current
@@ -65,22 +66,24 @@ _OURS = (RequestSession, SyncRequestSession, SessionFactory, SyncSessionFactory,
 
 
 def cache_route(
-    site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests, settings: CacheSettings
-) -> bool:
-    """Have a route answered from the cache, behind its dependencies; or say why not, and return False."""
+    site: Site, mark: Mark, ttl: float, database: str, shortcuts: KnownRequests, settings: CacheSettings, trust: Trust
+) -> KeyPlan | str:
+    """Have a route answered from the cache, behind its dependencies; or say why its responses cannot be kept."""
     plan = key_plan(site, mark, ttl, database)
     if isinstance(plan, str):
         logger.warning("%s is marked @cached but is not cached: %s", site.name, plan)
-        return False
+        return plan
     calls = [dependant.call for dependant in site.dependencies()]
     alone = all(_is_ours(call) or _is_of_pages(call) for call in calls)
     # A route that is found by more than its address is found by the router alone.
+    # What is not to be answered need not be found early.
+    early = trust.mode == "on" and site.by_address and (mark.public or (alone and not plan.private)) and not plan.body
     asking = [] if mark.public else [dependant for dependant in _graph(site, mark) if _principal_of(dependant.call)]
     policy = Policy(
         ttl,
         plan,
         site.template,
-        early=site.by_address and (mark.public or (alone and not plan.private)) and not plan.body,
+        early=early,
         stale_while_revalidate=mark.stale_while_revalidate,
         stale_if_error=mark.stale_if_error,
         cache_control=_cache_control(mark, plan),
@@ -90,13 +93,14 @@ def cache_route(
         gzip=settings.gzip,
         hide_status=settings.hide_status,
         tags=mark.tags,
+        trust=trust,
     )
     add_dependency(site, _look_up(site, policy, calls, shortcuts, [dependant.call for dependant in asking]))
     # The same dependants, so that each is resolved once.
     last = site.route.dependant.dependencies[-1]
     last.dependencies += [replace(dependant, name=f"principal_{number}") for number, dependant in enumerate(asking)]
     site.route.dependant.call = _answered_from_cache(site.route.dependant.call)
-    return True
+    return plan
 
 
 def _cache_control(mark: Mark, plan: KeyPlan) -> bytes:
@@ -418,6 +422,35 @@ def _fingerprint(site: Site, told: tuple[Any, ...], database: str) -> str:
         route.status_code,
     )
     return blake2b(repr((database, name, route.path_format, schema, shape, told)).encode(), digest_size=8).hexdigest()
+
+
+def identities(site: Site, mark: Mark) -> list[str]:
+    """Name what says who is asking a route: dependencies, as `get_user()`, and where credentials are read from."""
+    names: set[str] = set()
+    for dependant in _graph(site, mark):
+        if _principal_of(dependant.call):
+            names.add(f"{getattr(dependant.call, '__name__', type(dependant.call).__name__)}()")
+        elif isinstance(dependant.call, SecurityBase) and (read := _credential(dependant.call)):
+            names.add(" ".join(read))
+        names |= {f"cookie {name}" for name in _names(dependant.cookie_params)}
+        names |= {f"header {name}" for name in _names(dependant.header_params) if name.lower() == "authorization"}
+    return sorted(names)
+
+
+def declared_names(site: Site) -> frozenset[str]:
+    """Return the names that the objects in a route's responses may have, by its response model."""
+    if site.route.response_model is None:
+        return frozenset()
+    pending: list[Any] = [TypeAdapter(site.route.response_model).json_schema(mode="serialization")]
+    names: set[str] = set()
+    while pending:
+        schema = pending.pop()
+        if isinstance(schema, dict):
+            names |= set(schema.get("properties", ()))
+            pending += schema.values()
+        elif isinstance(schema, list):
+            pending += schema
+    return frozenset(names)
 
 
 def check_replaced_call() -> None:

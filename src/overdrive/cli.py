@@ -1,35 +1,35 @@
-"""The command line: `overdrive demo`, `overdrive inspect` and `overdrive doctor`.
+"""The command line: `overdrive demo`, `inspect`, `explain`, `off`, `on` and `doctor`.
 
 What an extra brings is imported where it is needed, so that a missing one is named instead of a module.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI
-from fastapi.routing import APIWebSocketRoute
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .app import Overdrive
 from .cache.store import StoreUnavailable
-from .caching import key_plan
+from .cache.trust import EVERYTHING, is_known, requests, template_of
 from .config import Settings
 from .doctor import examine
-from .endpoint import CACHED, RequestSession, SessionFactory, SyncRequestSession, SyncSessionFactory
+from .endpoint import CACHED
 from .errors import ConfigurationError
-from .installer import Installation, refuse_misuse
+from .inspection import Inspection, explain, inspected, overdrive_of
 from .log.handler import LogHandler
 from .pool.engine import create_engine, ping
-from .routes import Site, page_style, sites
+from .routes import sites
 
 if TYPE_CHECKING:
     import typer
@@ -45,15 +45,6 @@ _INTERRUPTED = 130
 
 #: What `doctor` reports where it could not look: 1 is for advice.
 _UNEXAMINED = 2
-
-_PAGES = {"page": "page by number", "limit_offset": "page by limit and offset", "cursor": "page by cursor"}
-
-_SESSIONS: dict[type, str] = {
-    RequestSession: "async session",
-    SyncRequestSession: "sync session",
-    SessionFactory: "async session factory",
-    SyncSessionFactory: "sync session factory",
-}
 
 
 def main() -> None:
@@ -119,15 +110,56 @@ def _commands() -> "typer.Typer":
                 sys.exit(_INTERRUPTED)
 
     @app.command()
-    def inspect(target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)]) -> None:
-        """Show the layers a request passes, and how each route is treated."""
-        overdrive = _overdrive(target)
-        print("Layers, outermost first:")
-        for layer in overdrive.layers():
-            print(f"  {layer}")
-        print("\nRoutes:")
-        for site in sites(overdrive.installation.app):
-            print(f"  {site.name:<40} {'; '.join(_treatment(site, overdrive)) or '-'}")
+    def inspect(
+        target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)],
+        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document.")] = False,
+    ) -> None:
+        """Show the layers a request passes, how each route is treated, and how its cache has done."""
+        inspection = asyncio.run(inspected(overdrive_of(_app(target))))
+        if as_json:
+            print(json.dumps(asdict(inspection), indent=2))
+        else:
+            _show(inspection)
+
+    @app.command(name="explain")
+    def explain_(
+        target: Annotated[str, typer.Argument(metavar="MODULE:APP", show_default=False)],
+        method: Annotated[str, typer.Argument(metavar="METHOD", show_default=False)],
+        address: Annotated[str, typer.Argument(metavar="PATH", show_default=False)],
+        header: Annotated[
+            list[str], typer.Option(metavar="'NAME: VALUE'", help="A header to send.", default_factory=list)
+        ],
+        as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document.")] = False,
+    ) -> None:
+        """Say what becomes of one request in the cache, and why; its endpoint is not run, and nothing written."""
+        # What the app prints and logs is not what was asked for.
+        with contextlib.redirect_stdout(sys.stderr):
+            findings = asyncio.run(explain(_app(target), method, address, _pairs(":", header)))
+        print(json.dumps(findings, indent=2) if as_json else "\n".join(_lines(findings)))
+
+    @app.command()
+    def off(
+        part: Annotated[str, typer.Argument(metavar="cache", show_default=False)],
+        target: Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", show_default=False)] = None,
+        route: Annotated[
+            list[str] | None, typer.Option(metavar="TEMPLATE", help="/users/{user_id}; may be repeated. Else all.")
+        ] = None,
+        redis_url: Annotated[str | None, typer.Option(help="Redis; else OVERDRIVE_REDIS_URL.")] = None,
+    ) -> None:
+        """Switch the cache off in all workers at once, for all routes or for some."""
+        _switch(part, target, route or [], redis_url, off=True)
+
+    @app.command()
+    def on(
+        part: Annotated[str, typer.Argument(metavar="cache", show_default=False)],
+        target: Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", show_default=False)] = None,
+        route: Annotated[
+            list[str] | None, typer.Option(metavar="TEMPLATE", help="/users/{user_id}; may be repeated.")
+        ] = None,
+        redis_url: Annotated[str | None, typer.Option(help="Redis; else OVERDRIVE_REDIS_URL.")] = None,
+    ) -> None:
+        """Undo `off`, for what was switched off with the same options."""
+        _switch(part, target, route or [], redis_url, off=False)
 
     @app.command()
     def doctor(
@@ -276,7 +308,111 @@ async def _seed(engine: AsyncEngine, users: int) -> None:
         raise ConfigurationError(f"the database {where} cannot be filled: {reason}") from None
 
 
-# inspect and doctor
+# inspect and explain
+
+
+def _show(inspection: Inspection) -> None:
+    print("Layers, outermost first:")
+    for layer in inspection.layers:
+        print(f"  {layer}")
+    print("\nRoutes:")
+    for name, treatment in inspection.routes.items():
+        print(f"  {name:<40} {'; '.join(treatment) or '-'}")
+    if not inspection.cached:
+        return
+    print("\nCache:")
+    head = ("route", "mode", "ttl", "hits", "of", "bytes", "mismatches", "verdict", "key of")
+    rows = []
+    for name, route in inspection.cached.items():
+        counts = route.counts or {}
+        ratio = "-" if route.hit_ratio is None else f"{route.hit_ratio:.1%}"
+        known = [str(counts.get(each, 0)) if route.counts is not None else "-" for each in ("bytes", "mismatches")]
+        of = "-" if route.counts is None else str(requests(counts))
+        rows.append((name, route.mode, f"{route.ttl:g} s", ratio, of, *known, route.verdict, ", ".join(route.key)))
+    _table(head, rows)
+    if inspection.off:
+        print(f"\n{_told_off(inspection.off)}")
+    if inspection.note:
+        print(f"\n{inspection.note}")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print(f"  {'  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))}".rstrip())
+
+
+def _lines(findings: dict[str, Any]) -> Iterator[str]:
+    width = max(map(len, findings))
+    for name, finding in findings.items():
+        if name == "tags":
+            for tag, versions in finding.items():
+                yield f"{'tag':<{width}}  {tag}: version {versions['then']} then, {versions['now']} now"
+        else:
+            yield f"{name:<{width}}  {', '.join(finding) if isinstance(finding, list) else finding}"
+
+
+# off and on
+
+
+def _switch(part: str, target: str | None, routes: list[str], redis_url: str | None, *, off: bool) -> None:
+    if part != "cache":
+        raise ConfigurationError(f"{part!r} cannot be switched: it is the cache that can")
+    given = {} if redis_url is None else {"redis_url": redis_url}
+    settings = overdrive_of(_app(target)).settings.model_copy(update=given) if target else Settings.load(**given)
+    if settings.redis_url is None:
+        raise ConfigurationError(
+            "without a Redis a worker's cache cannot be reached from here: name the workers' one by --redis-url or "
+            "OVERDRIVE_REDIS_URL, or restart them with OVERDRIVE_CACHE__ENABLED=false"
+        )
+    known = None if target is None else [s.name for s in sites(_app(target)) if hasattr(s.route.endpoint, CACHED)]
+    names = asyncio.run(_switched(settings.redis_url, settings.cache.prefix, routes, known, off=off))
+    print(_told_off(sorted(names)))
+
+
+async def _switched(url: str, prefix: str, routes: list[str], known: list[str] | None, *, off: bool) -> frozenset[str]:
+    from .cache.redis import RedisStore
+
+    store = RedisStore(url, prefix)
+    try:
+        await store.ping()
+        counted = await store.sums()
+        for route in routes:
+            if not template_of(route).startswith("/"):
+                raise ConfigurationError(f"{route!r} is no route's template: it looks like /users/{{user_id}}")
+            if known is not None and not is_known(route, known):
+                raise ConfigurationError(f"no cached route is called {route!r}; there are {', '.join(known) or 'none'}")
+            if known is None and not is_known(route, counted):
+                print(
+                    f"overdrive: no worker has told of a route {route!r}; MODULE:APP would say which there are",
+                    file=sys.stderr,
+                )
+        for route in routes or [EVERYTHING]:
+            await store.switch(template_of(route), off=off)
+        return await store.switched_off()
+    except StoreUnavailable as error:
+        raise ConfigurationError(f"Redis answers, but cannot be told: {error}") from None
+    finally:
+        await store.aclose()
+
+
+def _told_off(names: list[str]) -> str:
+    if EVERYTHING in names:
+        others = [name for name in names if name != EVERYTHING]
+        return "off now: the whole cache" + (f", and by themselves {', '.join(others)}" if others else "")
+    return f"off now: {', '.join(names) or 'nothing'}"
+
+
+# inspect, explain and doctor
 
 
 def _app(target: str) -> FastAPI:
@@ -294,14 +430,6 @@ def _pairs(separator: str, given: list[str]) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _overdrive(target: str) -> Overdrive:
-    app = _app(target)
-    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
-    if installation is None or installation.runtime is None:
-        raise ConfigurationError(f"{target} has no Overdrive: call Overdrive(app)")
-    return installation.runtime
-
-
 def _imported(target: str) -> object:
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
@@ -317,21 +445,6 @@ def _imported(target: str) -> object:
     if not hasattr(module, attribute):
         raise ConfigurationError(f"the module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
-
-
-def _treatment(site: Site, overdrive: Overdrive) -> Iterator[str]:
-    """Say what a route gets; raises `ConfigurationError` for one that the app would refuse to serve."""
-    refuse_misuse(site)
-    # A websocket has neither pages nor responses to keep.
-    if not isinstance(site.route.original_route, APIWebSocketRoute):
-        if (style := page_style(site)) is not None:
-            yield _PAGES[style]
-        if (mark := getattr(site.route.endpoint, CACHED, None)) is not None:
-            ttl = mark.ttl or overdrive.cache.ttl
-            plan = key_plan(site, mark, ttl)
-            yield f"not cached: {plan}" if isinstance(plan, str) else f"cached {ttl:g} s"
-    calls = {type(site.resolved(dependant.call)) for dependant in site.graph()}
-    yield from (name for kind, name in _SESSIONS.items() if kind in calls)
 
 
 if __name__ == "__main__":

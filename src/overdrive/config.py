@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
@@ -50,6 +50,10 @@ class CacheSettings(BaseModel):
     max_body: bytes above which a body is sent but not stored.
     gzip: whether texts of 1 KiB and more are kept as gzip too, for clients that take it.
     hide_status: leave Cache-Status and X-Cache out of what clients are sent.
+    mode: "on", "shadow" or "off" where `@cached()` names none.
+    verify: the share of hits, from 0 to 1, that are made anew and compared where `@cached()` names none.
+    off: templates of routes that are off whatever they say, `/users/{user_id}`; as text a list of JSON, or one of
+        names between commas.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +65,23 @@ class CacheSettings(BaseModel):
     max_body: int = Field(1_048_576, ge=1)
     gzip: bool = True
     hide_status: bool = False
+    mode: Literal["on", "shadow", "off"] = "on"
+    verify: float = Field(0, ge=0, le=1)
+    off: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("off", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return from_json(value) if value.startswith("[") else [name.strip() for name in value.split(",")]
+        return value
+
+    @field_validator("off")
+    @classmethod
+    def _templates(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not name.rpartition(" ")[2].startswith("/")]:
+            raise ValueError(f"a route is called by its template, /users/{{user_id}}, not {wrong[0]!r}")
+        return names
 
 
 class LogSettings(BaseModel):

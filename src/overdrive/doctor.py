@@ -128,7 +128,7 @@ async def examine(
     if installation is None:
         raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
     report = Report()
-    async with read_only(), _started(app, installation) as state:
+    async with read_only(), started(app, installation) as state:
         found = [site for site in sites(app) if "GET" in (site.route.methods or ()) and page_model(site)]
         _refuse_unknown(parameters or {}, found)
         for site in found:
@@ -143,7 +143,7 @@ async def examine(
 
 
 @asynccontextmanager
-async def _started(app: FastAPI, installation: Installation) -> AsyncIterator[dict[str, Any]]:
+async def started(app: FastAPI, installation: Installation) -> AsyncIterator[dict[str, Any]]:
     """Run the app's lifespan, with the cache switched off; the value is the state it has made."""
     stack = AsyncExitStack()
     stack.push_async_callback(installation.shut_down)
@@ -154,7 +154,7 @@ async def _started(app: FastAPI, installation: Installation) -> AsyncIterator[di
         try:
             state = await stack.enter_async_context(app.router.lifespan_context(app))
         except Exception as error:
-            raise ConfigurationError(f"the app does not start where databases refuse writes: {_told(error)}") from error
+            raise ConfigurationError(f"the app does not start where databases refuse writes: {told(error)}") from error
         installation.install()
         yield dict(state or {})
     finally:
@@ -163,7 +163,7 @@ async def _started(app: FastAPI, installation: Installation) -> AsyncIterator[di
             await stack.aclose()
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """Return an exception as one line."""
     lines = str(getattr(error, "orig", None) or error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -186,7 +186,7 @@ async def _examine_site(site: Site, client: _Client, parameters: Mapping[str, st
     try:
         judged = await on_connection(pages[0].engine, lambda connection: _judged(connection, site.name, pages))
     except DBAPIError as error:
-        raise _UnexaminedError(f"its statement cannot be explained: {_told(error)}") from error
+        raise _UnexaminedError(f"its statement cannot be explained: {told(error)}") from error
     if isinstance(judged, Advice):
         report.advice.append(judged)
     elif judged is not None:
@@ -214,7 +214,7 @@ def _judged(connection: Connection, route: str, pages: Sequence[Sent]) -> Advice
     try:
         without, with_index = _tried(connection, pages, index)
     except DBAPIError as error:
-        proof = f"derived from the statement; not proven, as that takes an empty copy of its tables: {_told(error)}"
+        proof = f"derived from the statement; not proven, as that takes an empty copy of its tables: {told(error)}"
     else:
         if with_index <= without:
             # A page further on may be sorted for reasons of its own.
@@ -286,7 +286,7 @@ class _Client:
         try:
             await self._app(scope, receive, send)
         except Exception as error:
-            raise _UnexaminedError(_told(error)) from error
+            raise _UnexaminedError(told(error)) from error
         if status != 200:
             raise _UnexaminedError(f"HTTP {status}{_HINTS.get(status, '')}")
         try:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from .cache.tags import tags_of
+from .cache.trust import Mode
 from .context import RequestContext, current
 from .errors import ConfigurationError, NotInstalledError
 from .pool.session import (
@@ -163,6 +164,8 @@ def cached(
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
     browser_ttl: float | timedelta = 0,
+    mode: Mode | None = None,
+    verify: float | None = None,
 ) -> Callable[[F], F]: ...
 def cached(
     endpoint: Any = None,
@@ -175,6 +178,8 @@ def cached(
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
     browser_ttl: float | timedelta = 0,
+    mode: Mode | None = None,
+    verify: float | None = None,
 ) -> Any:
     """Keep an endpoint's responses until they expire or something they read is written.
 
@@ -194,17 +199,26 @@ def cached(
     browser_ttl: whole seconds for which a browser need not ask again, whatever is written meanwhile; so may caches on
         the way, if the scope is "public". Left out, a browser asks each time, and is told if it has it already. An
         endpoint's own `Cache-Control` wins over both.
+    mode: "on" answers with what is kept. "shadow" never does: the endpoint runs, its response is sent and compared
+        with what is kept, and differences are counted and logged by their JSON paths. "off" leaves the cache out.
+        Left out, the setting `cache.mode` decides.
+    verify: the share of hits, from 0 to 1, that are treated as in shadow while the mode is "on"; left out, the
+        setting `cache.verify` decides.
 
     What a write has outdated is served in none of these windows. What clients say in `Cache-Control` is not heeded:
     who asks the database is not up to them. It marks the endpoint and returns it unchanged, so it may stand above or
-    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, for times that are
-    none, and for tags that are no names.
+    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, and any other value
+    that is none of these.
     """
     seconds = None if ttl is None else _seconds("ttl", ttl)
     if scope not in (None, "public"):
         raise ConfigurationError(f'@cached(scope=...) takes "public", not {scope!r}')
     if seconds == 0:
         raise ConfigurationError(f"@cached(ttl=...) takes a positive number of seconds, not {ttl!r}")
+    if mode not in (None, "on", "shadow", "off"):
+        raise ConfigurationError(f'@cached(mode=...) takes "on", "shadow" or "off", not {mode!r}')
+    if verify is not None and not (isinstance(verify, int | float) and 0 <= verify <= 1):
+        raise ConfigurationError(f"@cached(verify=...) takes a share from 0 to 1, not {verify!r}")
     browser_seconds = _seconds("browser_ttl", browser_ttl)
     if browser_seconds % 1:
         # RFC 9111, section 1.2.2.
@@ -219,6 +233,8 @@ def cached(
         stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
         stale_if_error=_seconds("stale_if_error", stale_if_error),
         browser_ttl=int(browser_seconds),
+        mode=mode,
+        verify=verify,
     )
 
     def mark(function: F) -> F:
@@ -244,7 +260,7 @@ def _seconds(name: str, value: float | timedelta) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What `cached` was told of an endpoint, in seconds; a `ttl` of None is the setting's."""
+    """What `cached` was told of an endpoint, in seconds; what is None is decided by a setting."""
 
     ttl: float | None
     public: bool
@@ -253,6 +269,8 @@ class Mark:
     stale_while_revalidate: float = 0
     stale_if_error: float = 0
     browser_ttl: int = 0
+    mode: Mode | None = None
+    verify: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,12 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import compile_path
 
 from .cache.cache import Cache
-from .cache.key import Shortcuts
-from .caching import Known, KnownRequests, cache_route, check_replaced_call
-from .config import PaginationSettings
+from .cache.key import KeyPlan, Shortcuts
+from .cache.trust import Trust, is_known, template_of
+from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
+from .config import CacheSettings, PaginationSettings
 from .context import RequestContext
-from .endpoint import CACHED, RequestSession, SyncRequestSession
+from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
@@ -67,6 +68,8 @@ class Installation:
         self._shortcuts: KnownRequests = Shortcuts()
         #: By the id of a route's dependant, which is kept here so that no other gets its id.
         self._prepared: dict[int, Any] = {}
+        #: By the same: what the responses of a route that is marked are kept by, or why they are not.
+        self.plans: dict[int, KeyPlan | str] = {}
         #: By the id of an endpoint: it need not be hashable.
         self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
         #: The ids of the dependants of cached routes; and all routes in their order: addresses, methods, is it cached.
@@ -229,6 +232,16 @@ class Installation:
         ]
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_request_errors(mounted)
+        self._complain_of_unknown_names()
+
+    def _complain_of_unknown_names(self) -> None:
+        """Say which names in `cache.off` are no route's: whoever has set them means one that is not off."""
+        if self.runtime is None:
+            return
+        known = self.runtime.cache.ledger.routes
+        for name in self.runtime.settings.cache.off:
+            if not is_known(name, known):
+                logger.warning("OVERDRIVE_CACHE__OFF: no cached route is called %s", name)
 
     def _prepare(self, site: Site) -> None:
         served = self._templates.setdefault(id(site.route.endpoint), [])
@@ -252,7 +265,7 @@ class Installation:
         if works(check_added_dependency) and works(check_replaced_call):
             # The address without its password, which may be renewed and is nobody's to see.
             database = self.runtime.engine.url.render_as_string(hide_password=True)
-            ttl, settings = mark.ttl or self.runtime.cache.ttl, self.runtime.settings.cache
+            cache, settings = self.runtime.cache, self.runtime.settings.cache
             if mark.browser_ttl and self.runtime.tenant is not None:
                 logger.warning(
                     "%s has a browser_ttl, and the app has tenants, of whom a browser may show one what another has "
@@ -260,9 +273,13 @@ class Installation:
                     site.name,
                 )
                 mark = replace(mark, browser_ttl=0)
+            trust = trust_of(site, mark, settings)
             try:
-                if cache_route(site, mark, ttl, database, self._shortcuts, settings):
+                plan = cache_route(site, mark, mark.ttl or cache.ttl, database, self._shortcuts, settings, trust)
+                self.plans[id(site.route.dependant)] = plan
+                if not isinstance(plan, str):
                     self._cached.add(id(site.route.dependant))
+                    cache.ledger.routes[site.name] = trust
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
@@ -282,6 +299,15 @@ def _answer_request_errors(app: FastAPI) -> None:
 
 
 # What is asked of a route
+
+
+def trust_of(site: Site, mark: Mark, settings: CacheSettings) -> Trust:
+    """Return how the hits of a route that is marked are treated."""
+    mode = "off" if site.template in map(template_of, settings.off) else mark.mode or settings.mode
+    verify = settings.verify if mark.verify is None else mark.verify
+    # Only what compares responses tells names.
+    names = declared_names(site) if mode == "shadow" or (mode == "on" and verify) else ()
+    return Trust(mode, verify if mode == "on" else 0.0, names)
 
 
 def refuse_misuse(site: Site) -> None:

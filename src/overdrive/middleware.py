@@ -61,7 +61,7 @@ class Observer:
         scope[_OBSERVED] = True
         # What tells tenants apart may fail, and then has the app's own answer.
         known = self._installation.known(scope, None) if self._is_innermost else None
-        entry = self._installation.cache.held(known.key) if known is not None else None
+        entry = self._installation.cache.held(known.policy, known.key) if known is not None else None
         if known is not None and entry is not None:
             await self._answer(known, entry, scope, receive, send)
         else:

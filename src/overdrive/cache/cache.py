@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 import msgspec
 
 from overdrive.context import OF_ROWS
+from overdrive.errors import ConfigurationError
 
 from .conditional import Header
 from .entry import FORMAT, Entry, Form, Instant, State
@@ -22,12 +23,17 @@ from .invalidation import Invalidator
 from .refresh import Refreshes
 from .store import NOBODY_WAITS, Claim, Found, Store, StoreUnavailable
 from .tags import tag_of_tenant, tags_of
+from .trust import EVERYTHING, Ledger, is_known, is_off, template_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
 if TYPE_CHECKING:
     from .exchange import Exchange
+    from .policy import Policy
 
 logger = logging.getLogger("overdrive")
+
+#: Seconds between two reports of what was counted to those who share the store.
+_REPORT_INTERVAL = 5.0
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -50,6 +56,7 @@ class Turn(NamedTuple):
     expired: the entry that would answer, if it were not past its time to live.
     flight: whom the caller makes it for, too; what it brings ends it.
     collapsed: whether the entry was made meanwhile, for another request.
+    is_off: whether the cache is not to take part.
     """
 
     instant: Instant
@@ -58,6 +65,7 @@ class Turn(NamedTuple):
     expired: Entry | None = None
     flight: Flight | None = None
     collapsed: bool = False
+    is_off: bool = False
 
 
 def _give_back(store: Store, key: str, token: str, landed: Landing) -> None:
@@ -91,7 +99,9 @@ class Cache:
         self.invalidator = Invalidator(store)
         self.flights = Flights()
         self.refreshes = Refreshes()
+        self.ledger = Ledger()
         self._values = Values(self)
+        self._reported_at = time.monotonic()
         self._complained: set[tuple[str | None, str]] = set()
 
     def use(self, store: Store) -> None:
@@ -108,6 +118,43 @@ class Cache:
             await self.store.clear()
         else:
             await self.invalidator.announce([tag_of_tenant(tenant)])
+
+    async def off(self, route: str | None = None) -> frozenset[str]:
+        """Switch the cache off, for one route or for all, in every worker that shares the store, with its next look-up.
+
+        route: its template, `/users/{user_id}` or `GET /users/{user_id}`; left out, the whole cache, values too.
+
+        Requests go on to their endpoints, and writes are announced as ever, so that nothing is outdated when it is
+        switched on again. Returns the names of what is off now, `*` for everything. Raises `ConfigurationError` for
+        a route that is not cached here, and `StoreUnavailable` where the others could not be told.
+        """
+        return await self.store.switch(self._name_of(route), off=True)
+
+    async def on(self, route: str | None = None) -> frozenset[str]:
+        """Undo `off` with the same argument: a route that is off by itself stays off when all are switched on."""
+        return await self.store.switch(self._name_of(route), off=False)
+
+    def _name_of(self, route: str | None) -> str:
+        if route is None:
+            return EVERYTHING
+        known = self.ledger.routes
+        # Before the app's first request nobody knows what routes there will be.
+        if known and not is_known(route, known):
+            raise ConfigurationError(f"no cached route is called {route!r}; there are {', '.join(sorted(known))}")
+        return template_of(route)
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """Return what was counted in this process: for each cached route, by its name, the counts of `Trust`."""
+        return self.ledger.statistics()
+
+    async def aclose(self) -> None:
+        """Give back what the store holds open, and tell those who share it what was counted here."""
+        self._report()
+        await self.store.aclose()
+
+    def _report(self) -> None:
+        if self.enabled and (counts := self.ledger.unreported()) and self.store.add(counts):
+            self.ledger.reported(counts)
 
     @overload
     async def invalidate(self, *tags: str) -> None: ...
@@ -186,24 +233,52 @@ class Cache:
             exchange.bypass("off")
             return
         try:
-            turn = await self.find(exchange.key, exchange.policy.plan.fingerprint, exchange.stale)
+            turn = await self.find(
+                exchange.key,
+                exchange.policy.plan.fingerprint,
+                stale=exchange.stale,
+                route=exchange.policy.route,
+                # Nobody is sent another's response in shadow.
+                alone=exchange.policy.trust.mode == "shadow",
+            )
         except StoreUnavailable:
             # The store has said why, and fails at once until it answers again.
             exchange.bypass("store-unavailable")
         else:
             exchange.looked_up(turn, self.clock())
+            now = time.monotonic()
+            if now - self._reported_at >= _REPORT_INTERVAL:
+                self._reported_at = now
+                self._report()
 
-    def held(self, key: str) -> Entry | None:
+    def held(self, policy: Policy, key: str) -> Entry | None:
         """Return what answers a request now, if it is in this process; asks nobody."""
-        if not self.enabled or self.invalidator.is_behind:
+        trust = policy.trust
+        if not self.enabled or trust.due or self.invalidator.is_behind:
+            return None
+        if self.store.off and self.is_off(policy.route):
             return None
         entry = self.store.held(key)
-        return entry if entry is not None and self.clock() - entry.created < entry.ttl else None
+        if entry is None or self.clock() - entry.created >= entry.ttl:
+            return None
+        trust.at_once += 1
+        if trust.verify:
+            trust.decide()
+        return entry
 
-    async def find(self, key: str, fingerprint: str, stale: float = 0) -> Turn:
+    def is_off(self, route: str | None) -> bool:
+        """Say whether a route was switched off, or, where it is None, everything."""
+        off = self.store.off
+        return bool(off) and is_off(off, route)
+
+    async def find(
+        self, key: str, fingerprint: str, *, stale: float = 0, route: str | None = None, alone: bool = False
+    ) -> Turn:
         """Return what answers, or whose turn it is to make it; all who ask at once get it from one execution.
 
         stale: seconds after its end in which an entry that nothing has outdated answers, too.
+        route: what may have been switched off.
+        alone: do not wait for others, nor have them wait.
 
         Raises what that execution has raised, and `StoreUnavailable`.
         """
@@ -211,7 +286,9 @@ class Cache:
         until: float | None = None
         while True:
             turn = self._judged(await self.store.load(key, fingerprint))
-            if turn.entry is not None or self._is_late_by_less(turn.expired, stale):
+            if self.is_off(route):
+                return Turn(turn.instant, None, None, is_off=True)
+            if alone or turn.entry is not None or self._is_late_by_less(turn.expired, stale):
                 return turn
             until = until or patience()
             flight, leads = self.flights.join((key, fingerprint), turn.instant)
@@ -280,7 +357,7 @@ class Cache:
         instant, policy = exchange.instant, exchange.policy
         if instant is None:
             return Landed.ALONE
-        return await self.keep(
+        landing, stored = await self.keep(
             exchange.key,
             policy.plan.fingerprint,
             instant,
@@ -292,6 +369,8 @@ class Cache:
             keep_for=policy.kept_for,
             flight=exchange.flight,
         )
+        policy.trust.stored(len(body) if stored else None)
+        return landing
 
     async def keep(
         self,
@@ -306,8 +385,10 @@ class Cache:
         form: Form | None = None,
         keep_for: float | None = None,
         flight: Flight | None,
-    ) -> Landing:
-        """Store what was read after `instant`, unless one of its tags was written since; return what others get of it.
+    ) -> tuple[Landing, bool]:
+        """Store what was read after `instant`, unless one of its tags was written since.
+
+        Return what others get of it, and whether it was stored.
 
         keep_for: seconds after which it is of no use, if not at the end of its time to live.
 
@@ -320,12 +401,12 @@ class Cache:
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):
-                return not_kept
+                return not_kept, False
             entry = msgspec.structs.replace(entry, versions=versions)
             await self.store.save(key, entry, keep_for or ttl)
         except StoreUnavailable:
-            return not_kept
-        return entry
+            return not_kept, False
+        return entry, True
 
     def complain_once(self, route: str | None, reason: str) -> None:
         """Say why a route that asks to be cached is not, the first time it happens."""

@@ -91,6 +91,8 @@ class ClusterStore(RedisStore):
         self._url = url
         self._clock = f"{{{prefix}}}:clock"
         self._history = f"{{{prefix}}}:history"
+        self._switches = f"{{{prefix}}}:off"
+        self._counts = f"{{{prefix}}}:counts"
 
     def _names(self, tags: Iterable[str]) -> dict[str, str]:
         return {tag: f"{{{self._prefix}}}:tag:{tag}" for tag in tags}
@@ -104,7 +106,7 @@ class ClusterStore(RedisStore):
 
     def new_link(self, cluster: Cluster, loop: asyncio.AbstractEventLoop, node: Node) -> NodeLink:
         """Return a link to a node."""
-        return NodeLink(cluster, self, loop, self._address_of(node), node[0], self._clock)
+        return NodeLink(cluster, self, loop, self._address_of(node), node[0], (self._clock, self._switches))
 
     def _address_of(self, node: Node) -> Address:
         url, (host, port) = urlsplit(self._node_url), node
@@ -333,9 +335,9 @@ class NodeLink(Link):
         loop: asyncio.AbstractEventLoop,
         address: Address,
         host: str,
-        clock: str,
+        always: tuple[str, str],
     ) -> None:
-        super().__init__(store, loop, address, clock)
+        super().__init__(store, loop, address, always)
         self._cluster = cluster
         self.host = host
 

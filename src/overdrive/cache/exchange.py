@@ -15,6 +15,7 @@ from .entry import Entry, Form, Instant
 from .flight import Flight, Landed, Landing
 from .http import is_error
 from .policy import Policy, reason_not_to_store, with_vary
+from .shadow import differs
 
 if TYPE_CHECKING:
     from .cache import Cache, Turn
@@ -90,6 +91,7 @@ class Exchange:
         "_begun",
         "_cache",
         "_chunks",
+        "_doubted",
         "_fallback",
         "_held",
         "_is_over",
@@ -106,6 +108,8 @@ class Exchange:
         "is_stale",
         "key",
         "policy",
+        "status",
+        "why",
         "wishes",
     )
 
@@ -128,9 +132,15 @@ class Exchange:
         self.flight: Flight | None = None
         #: Whether that has expired, and is to be made anew.
         self.is_stale = False
+        #: Why the cache has had no answer, in a word.
+        self.why = "error"
+        #: The status of the response that is made instead, once it has begun.
+        self.status: int | None = None
         self._cache = cache
         self._mark = "bypass"
         self._status = ""
+        #: What was found, where it is to be compared with what the endpoint gives.
+        self._doubted: Entry | None = None
         self._start: Message | None = None
         self._begun = False
         #: What stands in for an error, and whether it does.
@@ -145,6 +155,8 @@ class Exchange:
         """Set `entry` to what answers this request, if there is such an entry."""
         if self.context.wrote:
             self.bypass("wrote")
+        elif self.policy.trust.mode == "off":
+            self.bypass("off")
         else:
             await self._cache.look_up(self)
 
@@ -156,7 +168,9 @@ class Exchange:
         if not self.context.statements:
             self.instant = turn.instant
         self.flight = turn.flight
-        if turn.entry is not None:
+        if turn.is_off:
+            self.bypass("off")
+        elif turn.entry is not None:
             self.hit(turn.entry, now, collapsed=turn.collapsed)
         elif turn.expired is not None and self._expired(turn.expired, now):
             return
@@ -167,14 +181,20 @@ class Exchange:
 
     def bypass(self, why: str) -> None:
         """Note that the cache does not take part."""
-        self._mark, self._status = "bypass", f"fwd=bypass; detail={why}"
+        self._doubted = None
+        self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
 
     def miss(self, kind: str, detail: str = "") -> None:
         """Note that the cache had no answer."""
-        self._mark, self._status = "miss", f"fwd={kind}" + (f"; detail={detail}" if detail else "")
+        self._mark, self.why = "miss", kind
+        self._status = f"fwd={kind}" + (f"; detail={detail}" if detail else "")
 
     def hit(self, entry: Entry, now: float, *, collapsed: bool = False) -> None:
         """Note that the cache had the answer, or got it meanwhile for another request."""
+        if not collapsed and (why := self.policy.trust.doubts()):
+            self.bypass(why)
+            self._doubted, self.is_stale = entry, False
+            return
         self.entry, self._mark = entry, "hit"
         if collapsed:
             self._status = "fwd=uri-miss; collapsed"
@@ -186,17 +206,19 @@ class Exchange:
     @property
     def stale(self) -> float:
         """Seconds after its end in which an entry answers this request."""
-        return 0 if self.context.refreshing else self.policy.stale_while_revalidate
+        if self.context.refreshing or self.policy.trust.mode == "shadow":
+            return 0
+        return self.policy.stale_while_revalidate
 
     def _expired(self, entry: Entry, now: float) -> bool:
         """Take an entry that has expired, if it answers yet, and say whether; or have it ready for an error."""
         late = now - entry.created - entry.ttl
         if late < self.policy.stale_if_error:
             self._fallback = entry
-        self.is_stale = late < self.stale
-        if self.is_stale:
+        answers = self.is_stale = late < self.stale
+        if answers:
             self.hit(entry, now)
-        return self.is_stale
+        return answers
 
     # What the response passes
 
@@ -204,6 +226,11 @@ class Exchange:
         """Send the response that the look-up has found."""
         assert self.entry is not None
         self.context.cache_status = self._mark
+        self.policy.trust.early += 1
+        await self._replay(send)
+
+    async def _replay(self, send: Send) -> None:
+        assert self.entry is not None
         for message in replayed(self.entry, self.policy, self._cache.clock(), self.wishes, self._said()):
             await send(message)
 
@@ -221,7 +248,8 @@ class Exchange:
         self.entry, self._mark, self._is_over = self._fallback, "hit", True
         self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
         self._end(self._fallback)
-        await self.answer(send)
+        context.cache_status = self._mark
+        await self._replay(send)
         return True
 
     async def send(self, message: Message, send: Send) -> None:
@@ -259,6 +287,7 @@ class Exchange:
 
         body: all of it, where that is known already.
         """
+        self.status = status
         sent = list(own)
         if self.entry is not None and status != self.entry.status:
             # A dependency has failed on its way out, so this is not the stored answer.
@@ -272,7 +301,7 @@ class Exchange:
         else:
             if not any(name.lower() == b"cache-control" for name, _ in sent):
                 sent.append((b"cache-control", self.policy.cache_control))
-            if self._mark == "miss":
+            if self._mark == "miss" or self._doubted is not None:
                 self._decide(status, own)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
@@ -288,6 +317,10 @@ class Exchange:
 
     def _decide(self, status: int, headers: list[Header]) -> None:
         reason = self._reason_not_to_store(status, headers)
+        self._storing = reason is None
+        if self._doubted is not None:
+            # Whether it is kept is decided when all of it is there.
+            return
         if reason is None:
             self._status += "; stored"
         else:
@@ -323,9 +356,12 @@ class Exchange:
 
     async def _keep(self) -> None:
         """Store the response, now that all of it is there, and share it with those who wait."""
-        if self._storing:
-            self._storing = False
-            body = b"".join(self._chunks)
+        storing, self._storing = self._storing, False
+        doubted, self._doubted = self._doubted, None
+        body = b"".join(self._chunks)
+        if doubted is not None and not await differs(self._cache, self, doubted, body if storing else None):
+            return
+        if storing:
             headers = with_etag(self.headers, body)
             form: Form | None = None
             if self.policy.gzip and self.wishes.gzip and is_worth_it(headers, body):
@@ -337,8 +373,9 @@ class Exchange:
         self._end(self._fallback or error)
 
     def leave(self) -> None:
-        """Let somebody else take over, if this request was to answer others and has not."""
+        """Let somebody else take over, if this request was to answer others and has not; count it."""
         self._end(Landed.NOWHERE)
+        self.policy.trust.count(self._mark, self.why)
 
     def _end(self, landed: Landing) -> None:
         flight, self.flight = self.flight, None

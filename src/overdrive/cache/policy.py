@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .conditional import Header
 from .key import KeyPlan
+from .trust import Trust
 
 _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
 
@@ -28,6 +29,7 @@ class Policy:
     gzip: whether bodies are kept as gzip, too.
     hide_status: whether responses keep silent about the cache.
     tags: what outdates its responses, besides what they read.
+    trust: how its hits are treated, and how it has done.
     """
 
     ttl: float
@@ -42,6 +44,7 @@ class Policy:
     gzip: bool = False
     hide_status: bool = False
     tags: tuple[str, ...] = ()
+    trust: Trust = field(default_factory=Trust, compare=False)
 
     @property
     def kept_for(self) -> float:

@@ -1,7 +1,8 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
-`tag:*` (the write a tag was last named by), `entry:*`, and `lease:*` (who is making an entry).
+`tag:*` (the write a tag was last named by), `entry:*`, `lease:*` (who is making an entry), `off` (what is switched
+off, a line each) and `counts` (of all workers, a hash).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
@@ -49,6 +50,9 @@ _LONGEST_PAUSE = 5.0
 
 #: Keys whose entries' tags are remembered, to be asked for together with the entry.
 _REMEMBERED = 10_000
+
+#: Seconds the counts are kept after they were last added to.
+_DAY = 86_400
 
 #: Seconds between two warnings of the same kind.
 _WARNING_INTERVAL = 60.0
@@ -133,6 +137,26 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then
 end
 """
 
+# KEYS: what is off.  ARGV: a name, and whether it is to be off. Returns what is off now.
+_SWITCH = _Script("""
+local names = {}
+for name in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
+    if name ~= ARGV[1] then names[#names + 1] = name end
+end
+if ARGV[2] == '1' then names[#names + 1] = ARGV[1] end
+local text = table.concat(names, '\\n')
+if text == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], text) end
+return text
+""")
+
+# KEYS: the counts.  ARGV: seconds they are kept, then name and number of each.
+_ADD = _Script("""
+for i = 2, #ARGV, 2 do
+    redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1])
+end
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+""")
+
 _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
 #: What the parser says of a reply that has not arrived as a whole.
@@ -175,6 +199,10 @@ class RedisStore:
         self._prefix = prefix
         self._clock = f"{prefix}:clock"
         self._seen: Instant | None = None
+        self._switches = f"{prefix}:off"
+        self._off_text: bytes | None = None
+        self.off: frozenset[str] = frozenset()
+        self._counts = f"{prefix}:counts"
         try:
             self._address = Address(url)
         except (ValueError, TypeError, RedisError) as error:
@@ -223,7 +251,9 @@ class RedisStore:
 
     async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
         """Send commands on a connection of their own, whether the breaker is open or not."""
-        connection = await address.connect(Link(self, asyncio.get_running_loop(), address, self._clock))
+        connection = await address.connect(
+            Link(self, asyncio.get_running_loop(), address, (self._clock, self._switches))
+        )
         try:
             return await connection.demand(*commands)
         finally:
@@ -344,6 +374,37 @@ class RedisStore:
         """Begin a new epoch; entries of the old one leave with their time to live."""
         await self._link().ask("SET", self._clock, f"{secrets.token_hex(8)} 0")
 
+    def hear(self, off: bytes | None) -> None:
+        """Take note of what is switched off now."""
+        # Mostly nothing is, or nothing else than before.
+        if off != self._off_text:
+            self._off_text = off
+            self.off = frozenset((off or b"").decode().split("\n")) - {""}
+
+    async def switch(self, name: str, *, off: bool) -> frozenset[str]:
+        """Switch `name` off, or on again: each worker hears it with its next look-up."""
+        self.hear(await self._link().ask("EVAL", _SWITCH.text, 1, self._switches, name, int(off)))
+        return self.off
+
+    async def switched_off(self) -> frozenset[str]:
+        """Return what is off now."""
+        self.hear(await self._link().ask("GET", self._switches))
+        return self.off
+
+    def add(self, counts: Mapping[tuple[str, str], int]) -> bool:
+        """Add to the counts of all workers, behind what was asked last on this loop's connection."""
+        pairs = [part for (route, name), count in counts.items() for part in (f"{route}\n{name}", count)]
+        return not self._link().post("EVAL", _ADD.text, 1, self._counts, _DAY, *pairs).done()
+
+    async def sums(self) -> dict[str, dict[str, int]]:
+        """Return these counts, of the day."""
+        reply = await self._link().ask("HGETALL", self._counts)
+        sums: dict[str, dict[str, int]] = {}
+        for field, count in zip(reply[::2], reply[1::2], strict=True):
+            route, _, name = field.decode().partition("\n")
+            sums.setdefault(route, {})[name] = int(count)
+        return sums
+
     async def aclose(self) -> None:
         """Close this loop's connections."""
         route = self._routes.pop(asyncio.get_running_loop(), None)
@@ -369,7 +430,7 @@ class RedisStore:
         return route
 
     def _new_route(self, loop: asyncio.AbstractEventLoop) -> Route:
-        return Link(self, loop, self._address, self._clock)
+        return Link(self, loop, self._address, (self._clock, self._switches))
 
 
 class Answer:
@@ -410,11 +471,14 @@ class Link:
     #: The refusals that say nothing of how Redis is.
     _harmless: Collection[str] = ("NOSCRIPT",)
 
-    def __init__(self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: Address, clock: str) -> None:
+    def __init__(
+        self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: Address, always: tuple[str, str]
+    ) -> None:
         self._store = store
         self._loop = loop
         self._address = address
-        self._clock = clock
+        #: What each look-up asks for: the clock, and what is switched off.
+        self._always = always
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connecting_since = 0.0
@@ -451,7 +515,7 @@ class Link:
             deliver(StoreUnavailable(self._why))
         else:
             self._store.trips += 1
-            self._connection.send(("MGET", self._clock, *names), deliver, patient=False)
+            self._connection.send(("MGET", *self._always, *names), deliver, patient=False)
 
     def _deliver(self, readers: list[asyncio.Future[Answer]], names: list[str], reply: Any) -> None:
         error = self._error(reply)
@@ -461,7 +525,9 @@ class Link:
                 reader.set_exception(StoreUnavailable(str(error)))
             return
         self._store.batched += len(waiting)
-        answer = Answer(reply[0], dict(zip(names, reply[1:], strict=True)))
+        clock, off, *values = reply
+        self._store.hear(off)
+        answer = Answer(clock, dict(zip(names, values, strict=True)))
         for reader in waiting:
             reader.set_result(answer)
 
@@ -597,6 +663,9 @@ class Link:
             await asyncio.wait([self._connecting])
         if self._connection is not None:
             connection, self._connection = self._connection, None
+            if connection.is_awaited:
+                # What was told is to arrive.
+                await asyncio.wait([connection.ask("PING")], timeout=_PATIENCE)
             connection.close(self._why)
             await connection.closed
 
@@ -629,6 +698,11 @@ class _Connection(asyncio.Protocol):
         #: Whether Redis owes an answer for longer than a look-up waits for one.
         self.late = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Say whether an answer is on its way that may still come in time."""
+        return bool(self._trips) and not self.late
 
     def ask(self, *command: str | int | bytes, patient: bool = True) -> asyncio.Future[Any]:
         """Send a command; the future's result is the reply, or the exception that it is."""

@@ -51,7 +51,12 @@ class StoreUnavailable(Exception):  # noqa: N818
 
 
 class Store(Protocol):
-    """The contract of the stores. Whatever is awaited may raise `StoreUnavailable`."""
+    """The contract of the stores. Whatever is awaited may raise `StoreUnavailable`.
+
+    off: the names of what is switched off, as this process last heard: each look-up brings the present ones.
+    """
+
+    off: frozenset[str]
 
     def seen(self) -> Instant | None:
         """Return an instant that is not in the future, without asking anyone; None where none is known."""
@@ -88,6 +93,18 @@ class Store(Protocol):
 
     async def clear(self) -> None:
         """Begin a new epoch: no entry is valid any more."""
+
+    async def switch(self, name: str, *, off: bool) -> frozenset[str]:
+        """Switch `name` off, or on again, for all who share the store; return what is off now."""
+
+    async def switched_off(self) -> frozenset[str]:
+        """Return what is off now."""
+
+    def add(self, counts: Mapping[tuple[str, str], int]) -> bool:
+        """Add to the counts of all who share the store, by route and name, without waiting; say whether it was sent."""
+
+    async def sums(self) -> dict[str, dict[str, int]] | None:
+        """Return these counts, by route and by name; None where nobody shares the store."""
 
     async def aclose(self) -> None:
         """Give connections back."""
@@ -136,6 +153,7 @@ class MemoryStore:
         self._entries: Memory[_Held] = Memory(max_bytes if max_bytes is not None else _memory_limit() // 16)
         self._stamps: dict[str, int] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
+        self.off: frozenset[str] = frozenset()
 
     def seen(self) -> Instant:
         """Return the clock: this store is in the process."""
@@ -191,6 +209,22 @@ class MemoryStore:
         self._instant = Instant(secrets.token_hex(8), 0)
         self._entries.clear()
         self._stamps.clear()
+
+    async def switch(self, name: str, *, off: bool) -> frozenset[str]:
+        """Switch `name` off, or on again."""
+        self.off = self.off | {name} if off else self.off - {name}
+        return self.off
+
+    async def switched_off(self) -> frozenset[str]:
+        """Return what is off."""
+        return self.off
+
+    def add(self, counts: Mapping[tuple[str, str], int]) -> bool:
+        """Nobody else is there to be told."""
+        return False
+
+    async def sums(self) -> None:
+        """Nobody shares this store."""
 
     async def aclose(self) -> None:
         """Nothing is open."""

@@ -182,9 +182,10 @@ class Values:
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
         if reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags):
             return Landed.ALONE
-        return await self._cache.keep(
+        landing, _stored = await self._cache.keep(
             name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body, flight=flight
         )
+        return landing
 
     def memoize(
         self, function: Callable[P, Awaitable[T]], ttl: float | None, tags: Collection[str], *, shared: bool
