@@ -156,7 +156,7 @@ async def verdict(url: str, request: Sequence[str], **headers: str) -> str:
         ("GET /users/x", "not looked up: 422 Unprocessable"),
         ("GET /failing", "not looked up: the app raised ZeroDivisionError: in a dependency"),
         ("GET /writing", "not looked up: the app raised OperationalError: attempt to write a readonly database"),
-        ("POST /users/1", "not cached: only GET is, and this is POST"),
+        ("POST /users/1", "not cached: a POST that only asks for something is cached by its body"),
         ("GET /plain", "not cached: its endpoint is not marked @cached"),
         ("GET /whole", "not cached: whoever() takes the whole request"),
     ],
