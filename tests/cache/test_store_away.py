@@ -345,8 +345,8 @@ async def test_a_reply_in_parts_is_not_late(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def answer(reader: Reader, writer: Writer) -> None:
         await reader.readuntil(b"MGET\r\n")
-        writer.write(b"*2\r\n$10\r\nepoch")
-        for part in (b" ", b"1", b"2", b"3", b"4", b"\r\n$-1", b"\r\n"):
+        writer.write(b"*3\r\n$10\r\nepoch")
+        for part in (b" ", b"1", b"2", b"3", b"4", b"\r\n$-1\r\n$-1", b"\r\n"):
             await sleep(0.1)
             writer.write(part)
 
