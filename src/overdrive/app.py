@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from .cache.cache import Cache
-from .cache.store import MemoryStore, Store
+from .cache.store import MemoryStore, Store, bytes_of_process
 from .config import CacheSettings, Settings
 from .errors import ConfigurationError
 from .installer import Installation
@@ -203,7 +203,7 @@ def _cache(settings: Settings, enabled: bool | None) -> Cache:
     else:
         from .cache.cluster import store_at
 
-        store = store_at(settings.redis_url, options.prefix)
+        store = store_at(settings.redis_url, options.prefix, bytes_of_process(options.max_bytes))
     if enabled is None:
         enabled = options.enabled
     if enabled is None:

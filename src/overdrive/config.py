@@ -46,7 +46,9 @@ class CacheSettings(BaseModel):
     ttl: seconds an entry is fresh where `@cached()` names none.
     prefix: what every key in Redis starts with.
     max_bytes: what entries in the process may take in all; left out, a sixteenth of the memory the process may use.
-        What is asked for often stays.
+        What is asked for often stays. With Redis they are there besides, for as long as the process hears of every
+        write: other processes' are heard within milliseconds, and nothing is served more than a second after hearing
+        has ended. With 0, each hit asks Redis.
     max_body: bytes above which a body is sent but not stored.
     gzip: whether texts of 1 KiB and more are kept as gzip too, for clients that take it.
     hide_status: leave Cache-Status and X-Cache out of what clients are sent.
@@ -61,7 +63,7 @@ class CacheSettings(BaseModel):
     enabled: bool | None = None
     ttl: float = Field(60, gt=0)
     prefix: str = Field("overdrive", min_length=1)
-    max_bytes: int | None = Field(None, ge=1)
+    max_bytes: int | None = Field(None, ge=0)
     max_body: int = Field(1_048_576, ge=1)
     gzip: bool = True
     hide_status: bool = False

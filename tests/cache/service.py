@@ -14,7 +14,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from support import Item, Other, client, tables
 
-from overdrive import Overdrive, SessionDep, cached
+from overdrive import Overdrive, SessionDep, Settings, cached
 
 Work = Callable[[AsyncSession], Awaitable[Any]]
 
@@ -57,13 +57,14 @@ def add_routes(service: Service) -> None:
 
 
 @asynccontextmanager
-async def serve(url: str, redis_url: str | None = None) -> AsyncIterator[Service]:
+async def serve(url: str, redis_url: str | None = None, max_bytes: int | None = None) -> AsyncIterator[Service]:
     with tables(url) as database:
         with database.begin() as connection:
             connection.execute(insert(Item).values(name="first"))
             connection.execute(insert(Other).values(name="other"))
         app = FastAPI()
-        overdrive = Overdrive(app, database_url=url, redis_url=redis_url, cache=True)
+        settings = Settings.load(database_url=url, redis_url=redis_url, cache={"max_bytes": max_bytes})
+        overdrive = Overdrive(app, settings=settings, cache=True)
         async with client(app) as http:
             service = Service(app, overdrive, http, database)
             add_routes(service)

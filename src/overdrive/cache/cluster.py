@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from overdrive.errors import ConfigurationError
 
 from . import redis
+from .near import Near
 from .redis import Address, Answer, Link, RedisStore, key_slot
 from .store import StoreUnavailable
 
@@ -49,12 +50,16 @@ end
 """
 
 
-def store_at(url: str, prefix: str) -> RedisStore:
+def store_at(url: str, prefix: str, max_bytes: int = 0) -> RedisStore:
     """Return the store that a URL names: on one server, or `redis+cluster://`, `rediss+cluster://` on a cluster.
+
+    max_bytes: what entries may take in this process besides; with a cluster none are there.
 
     Raises `ConfigurationError` for a URL that cannot be read.
     """
-    return ClusterStore(url, prefix) if url.partition("://")[0] in _SCHEMES else RedisStore(url, prefix)
+    if url.partition("://")[0] in _SCHEMES:
+        return ClusterStore(url, prefix)
+    return RedisStore(url, prefix, max_bytes)
 
 
 def slots_of(reply: Iterable[Any], asked: str) -> list[Node | None]:
@@ -93,6 +98,7 @@ class ClusterStore(RedisStore):
         self._history = f"{{{prefix}}}:history"
         self._switches = f"{{{prefix}}}:off"
         self._counts = f"{{{prefix}}}:counts"
+        self._channel = f"{{{prefix}}}:writes"
 
     def _names(self, tags: Iterable[str]) -> dict[str, str]:
         return {tag: f"{{{self._prefix}}}:tag:{tag}" for tag in tags}
@@ -143,6 +149,8 @@ class Cluster:
 
     seed: the node that the URL names, which is asked when no other answers.
     """
+
+    near: Near | None = None
 
     def __init__(self, store: ClusterStore, loop: asyncio.AbstractEventLoop, seed: Node) -> None:
         self._store = store

@@ -6,7 +6,9 @@ off, a line each) and `counts` (of all workers, a hash).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
-(https://redis.io/docs/latest/develop/reference/protocol-spec/), and hiredis parses the answers.
+(https://redis.io/docs/latest/develop/reference/protocol-spec/), and hiredis parses the answers. On the same connection
+Redis tells of every write (RESP3 lets it push), in their order among the answers: so each answer says that all that
+was written before it has been heard, and entries may be kept in this process (`near`).
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from typing import Any, Protocol, cast
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
+from .near import Near
 from .store import NOBODY_WAITS, Claim, Found, StoreUnavailable
 
 try:
-    from hiredis import ProtocolError, Reader, ReplyError, pack_command
+    from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
     from redis.asyncio import ConnectionPool, SSLConnection, UnixDomainSocketConnection
     from redis.crc import key_slot as key_slot
     from redis.exceptions import RedisError
@@ -104,13 +107,28 @@ end
 return answer
 """)
 
+# The last KEYS is a channel. Returns the clock. Where the user may use no channels, nobody can listen to one either.
 _BUMP = _Script(f"""{_CLOCK}
 now = string.format('%.0f', now + 1)
-redis.call('SET', KEYS[1], epoch .. ' ' .. now)
-for i = 2, #KEYS do
+clock = epoch .. ' ' .. now
+redis.call('SET', KEYS[1], clock)
+for i = 2, #KEYS - 1 do
     redis.call('SET', KEYS[i], now)
 end
+redis.pcall('PUBLISH', KEYS[#KEYS], clock .. '\\n' .. table.concat(KEYS, '\\n', 2, #KEYS - 1))
+return clock
 """)
+
+# KEYS: clock, channel.  ARGV: an epoch.
+_CLEAR = """
+local clock = ARGV[1] .. ' 0'
+redis.call('SET', KEYS[1], clock)
+redis.pcall('PUBLISH', KEYS[2], clock)
+"""
+
+#: Seconds for which it is taken for granted that every write was heard, and between two looks where nobody asks.
+_NEAR_LEASE = 1.0
+_NEAR_RENEWAL = 0.3
 
 #: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held. A loop that a crowd
 #: of thousands holds up for a second is not dead.
@@ -164,7 +182,12 @@ _NOT_ALL = object()
 
 
 class Route(Protocol):
-    """From one event loop to Redis: to one server, or to several that share the keys."""
+    """From one event loop to Redis: to one server, or to several that share the keys.
+
+    near: what is kept in this process besides, where anything is.
+    """
+
+    near: Near | None
 
     async def read(self, names: Collection[str]) -> Answer:
         """Return the clock and what lies under `names`."""
@@ -190,13 +213,16 @@ class RedisStore:
 
     url: where Redis is: `redis://`, `rediss://` or `unix://`, as redis-py reads it. A cluster is `ClusterStore`'s.
     prefix: what every key starts with.
+    max_bytes: what entries may take in this process besides, for as long as it hears of every write; 0 for none.
 
     Raises `ConfigurationError` for a URL that cannot be read.
     """
 
-    def __init__(self, url: str, prefix: str) -> None:
+    def __init__(self, url: str, prefix: str, max_bytes: int = 0) -> None:
         self._url = url
         self._prefix = prefix
+        self._max_bytes = max_bytes
+        self._channel = f"{prefix}:writes"
         self._clock = f"{prefix}:clock"
         self._seen: Instant | None = None
         self._switches = f"{prefix}:off"
@@ -264,11 +290,21 @@ class RedisStore:
         """Return the clock as it was in the last answer."""
         return self._seen
 
-    def held(self, key: str) -> None:
-        """Nothing is in this process."""
+    def saw(self, instant: Instant) -> None:
+        """Take note of the clock in an answer that nobody has asked for."""
+        self._seen = instant
+
+    def held(self, key: str) -> Entry | None:
+        """Return an entry of this process, if nothing it read has been written since, by all that was heard."""
+        loop = asyncio.get_running_loop()
+        route = self._routes.get(loop)
+        return None if route is None or route.near is None else route.near.get(key, loop.time())
 
     async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
+        entry = self.held(key)
+        if entry is not None and entry.fingerprint == fingerprint and self._seen is not None:
+            return Found(entry, self._seen, entry.versions)
         name = f"{self._prefix}:entry:{key}"
         return await self._found(key, fingerprint, name, await self._link().read((name, *self._tags_of(key))))
 
@@ -312,6 +348,8 @@ class RedisStore:
             # Cleared in between: the instant must not be later than what a request reads after it.
             if epoch != answer.instant.epoch:
                 entry = None
+        elif not entry.is_outdated(answer.instant.epoch, versions) and (near := self._link().near) is not None:
+            near.put(key, entry, answer.instant)
         return Found(entry, answer.instant, versions)
 
     def _entry(self, answer: Answer, name: str, fingerprint: str) -> Entry | None:
@@ -368,11 +406,16 @@ class RedisStore:
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
-        await self._run(_BUMP, tags, patient=True)
+        clock = await self._run(_BUMP, tags, self._channel, patient=True)
+        if (near := self._link().near) is not None:
+            near.wrote(_instant(clock), tags)
 
     async def clear(self) -> None:
         """Begin a new epoch; entries of the old one leave with their time to live."""
-        await self._link().ask("SET", self._clock, f"{secrets.token_hex(8)} 0")
+        link = self._link()
+        await link.ask("EVAL", _CLEAR, 2, self._clock, self._channel, secrets.token_hex(8))
+        if link.near is not None:
+            link.near.forget()
 
     def hear(self, off: bytes | None) -> None:
         """Take note of what is switched off now."""
@@ -400,7 +443,8 @@ class RedisStore:
         """Return these counts, of the day."""
         reply = await self._link().ask("HGETALL", self._counts)
         sums: dict[str, dict[str, int]] = {}
-        for field, count in zip(reply[::2], reply[1::2], strict=True):
+        pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+        for field, count in pairs:
             route, _, name = field.decode().partition("\n")
             sums.setdefault(route, {})[name] = int(count)
         return sums
@@ -411,8 +455,8 @@ class RedisStore:
         if route is not None:
             await route.aclose()
 
-    async def _run(self, script: _Script, tags: Collection[str], *, patient: bool) -> Any:
-        names = (self._clock, *self._names(tags).values())
+    async def _run(self, script: _Script, tags: Collection[str], *channel: str, patient: bool) -> Any:
+        names = (self._clock, *self._names(tags).values(), *channel)
         arguments: tuple[str | int, ...] = (len(names), *names, secrets.token_hex(8))
         link = self._link()
         try:
@@ -430,7 +474,19 @@ class RedisStore:
         return route
 
     def _new_route(self, loop: asyncio.AbstractEventLoop) -> Route:
-        return Link(self, loop, self._address, (self._clock, self._switches))
+        near = Near(self._max_bytes) if self._max_bytes else None
+        return Link(self, loop, self._address, (self._clock, self._switches), near)
+
+    @property
+    def channel(self) -> str:
+        """Where writes are told of."""
+        return self._channel
+
+    def heard(self, near: Near, payload: bytes) -> None:
+        """Take note of a write that Redis tells of."""
+        clock, *names = payload.split(b"\n")
+        start = len(next(iter(self._names([""]).values())))
+        near.hear(_instant(clock), [name.decode()[start:] for name in names if name])
 
 
 class Answer:
@@ -472,8 +528,15 @@ class Link:
     _harmless: Collection[str] = ("NOSCRIPT",)
 
     def __init__(
-        self, store: RedisStore, loop: asyncio.AbstractEventLoop, address: Address, always: tuple[str, str]
+        self,
+        store: RedisStore,
+        loop: asyncio.AbstractEventLoop,
+        address: Address,
+        always: tuple[str, str],
+        near: Near | None = None,
     ) -> None:
+        self.near = near
+        self._looking: asyncio.TimerHandle | None = None
         self._store = store
         self._loop = loop
         self._address = address
@@ -482,6 +545,8 @@ class Link:
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connecting_since = 0.0
+        #: Whether Redis tells of every write on this connection.
+        self._listens = False
         #: What the present tick asks for, and who does.
         self._names: dict[str, None] = {}
         self._readers: list[asyncio.Future[Answer]] = []
@@ -510,14 +575,14 @@ class Link:
     def _send_reads(self) -> None:
         names, self._names = self._names, {}
         readers, self._readers = self._readers, []
-        deliver = partial(self._deliver, readers, list(names))
+        deliver = partial(self._deliver, readers, list(names), self._loop.time())
         if self._connection is None:
             deliver(StoreUnavailable(self._why))
         else:
             self._store.trips += 1
             self._connection.send(("MGET", *self._always, *names), deliver, patient=False)
 
-    def _deliver(self, readers: list[asyncio.Future[Answer]], names: list[str], reply: Any) -> None:
+    def _deliver(self, readers: list[asyncio.Future[Answer]], names: list[str], sent: float, reply: Any) -> None:
         error = self._error(reply)
         waiting = [reader for reader in readers if not reader.done()]
         if error is not None:
@@ -528,8 +593,26 @@ class Link:
         clock, off, *values = reply
         self._store.hear(off)
         answer = Answer(clock, dict(zip(names, values, strict=True)))
+        if self._listens and self.near is not None and answer.instant is not None:
+            self.near.confirm(answer.instant, sent + _NEAR_LEASE)
+            self._store.saw(answer.instant)
         for reader in waiting:
             reader.set_result(answer)
+
+    def told(self, kind: bytes, payload: Any) -> None:
+        """Take what Redis tells unasked."""
+        if kind == b"subscribe":
+            self._listens = True
+        elif kind == b"message" and self.near is not None:
+            self._store.heard(self.near, payload)
+
+    def _look(self) -> None:
+        """Ask for the clock where nobody has, so that entries may be kept near."""
+        self._looking = None
+        if self._connection is not None and self._listens:
+            if not self._readers and not self._connection.late:
+                self._send_reads()
+            self._looking = self._loop.call_later(_NEAR_RENEWAL, self._look)
 
     async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
         """Send one command, and return the reply to it."""
@@ -616,7 +699,10 @@ class Link:
     async def _try_to_connect(self) -> None:
         try:
             async with asyncio.timeout(_DEADLINE):
+                self._listens = False
                 self._connection = await self._address.connect(self)
+                if self.near is not None:
+                    await self._listen(self._connection)
         except TimeoutError:
             self._open(f"Redis has not answered for {_DEADLINE:g} s")
         except (OSError, UnicodeError, StoreUnavailable) as error:
@@ -626,8 +712,17 @@ class Link:
         finally:
             self._connecting = None
 
+    async def _listen(self, connection: _Connection) -> None:
+        """Have Redis tell of every write, if it can and this user may: where not, nothing is kept near."""
+        if not isinstance(await connection.ask("HELLO", 3), ReplyError):
+            await connection.ask("SUBSCRIBE", self._store.channel)
+        if self._listens and self._looking is None:
+            self._looking = self._loop.call_later(0, self._look)
+
     def lost(self, connection: _Connection, why: str, *, waited: bool) -> None:
         """Take note that a connection is gone; that is a failure if somebody waited for an answer."""
+        if self.near is not None:
+            self.near.forget()
         if connection is self._connection:
             self._connection, self._why = None, why
             if waited:
@@ -656,8 +751,9 @@ class Link:
     async def aclose(self) -> None:
         """Close the connection, or give up connecting."""
         self._why = "closed"
-        if self._renewal is not None:
-            self._renewal.cancel()
+        for timer in (self._renewal, self._looking):
+            if timer is not None:
+                timer.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait([self._connecting])
@@ -736,6 +832,11 @@ class _Connection(asyncio.Protocol):
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not _NOT_ALL:
+                if isinstance(reply, PushNotification):
+                    self._link.told(reply[0], reply[-1])
+                    # Who has asked to be told gets no other answer.
+                    if reply[0] != b"subscribe":
+                        continue
                 self._trips.popleft().deliver(reply)
             self.late = self.late and bool(self._trips) and self._heard - self._trips[0].sent >= _PATIENCE
         except (ProtocolError, IndexError) as error:

@@ -118,16 +118,22 @@ _OVERHEAD = 1_000
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def _memory_limit() -> int:
-    """Return the bytes this process may use: those of its container, or of the machine."""
+def bytes_of_process(max_bytes: int | None) -> int:
+    """Return the bytes that entries may take in this process: by default a sixteenth of what it may use.
+
+    That is what its container may use, or the machine has.
+    """
+    if max_bytes is not None:
+        return max_bytes
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else [1 << 30]
     for path in _LIMITS:
         with suppress(OSError, ValueError):
             limits.append(int(path.read_text()))
-    return min(limits)
+    return min(limits) // 16
 
 
-def _size(entry: Entry) -> int:
+def size_of(entry: Entry) -> int:
+    """Return the bytes an entry takes in memory, about."""
     forms = (entry,) if entry.gzipped is None else (entry, entry.gzipped)
     texts = (len(name) + len(value) for form in forms for name, value in form.headers)
     return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
@@ -150,7 +156,7 @@ class MemoryStore:
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
-        self._entries: Memory[_Held] = Memory(max_bytes if max_bytes is not None else _memory_limit() // 16)
+        self._entries: Memory[_Held] = Memory(bytes_of_process(max_bytes))
         self._stamps: dict[str, int] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
         self.off: frozenset[str] = frozenset()
@@ -189,7 +195,7 @@ class MemoryStore:
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
         # As if it had been looked at before all writes.
-        self._entries.put(key, _Held(entry, None), _size(entry))
+        self._entries.put(key, _Held(entry, None), size_of(entry))
 
     async def claim(self, key: str, fingerprint: str, token: str) -> None:
         """No other process makes entries here."""
