@@ -22,6 +22,8 @@ from .cache.conditional import if_none_match
 from .cache.exchange import Exchange, replayed
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
+from .log.event import summary
+from .log.logger import log_event
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
@@ -150,17 +152,10 @@ class Observer:
     def _tell(self, context: RequestContext) -> None:
         if not self._is_heard():
             return
-        event = RequestEvent.of(context)
-        publish(event)
-        if self._is_logged():
-            request_log.info(
-                "%s %s %s %.1f ms",
-                event.method,
-                event.path,
-                event.status if event.status is not None else event.outcome,
-                event.duration * 1000,
-                extra={"event": event},
-            )
+        if listening():
+            publish(RequestEvent.of(context))
+        if self._is_logged() and not log_event(request_log, context):
+            request_log.info("%s", summary(context), extra={"event": RequestEvent.of(context)})
 
 
 def _tell_route(scope: Scope, route: str | None) -> None:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -27,11 +28,19 @@ _FIXED = frozenset(
     {"timestamp", "severity", "logger", "message", "format_error", "exception", "stack", *_IDS},
 )
 _EVENT = tuple(name for name in RequestEvent.__slots__ if name not in {*_IDS, "fields"})
+_IDS_AND_EVENT = (*_IDS, *_EVENT)
+_ids_and_event = attrgetter(*_IDS_AND_EVENT)
 
 #: `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its own formatter.
 _STANDARD = frozenset(
     {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"},
 )
+
+#: Types whose values cannot change, and whose text is no code of anybody's.
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_DIGITS = [b"%03d" % number for number in range(1000)]
+_DELETE = 0x7F
+_END = b"}\n"
 
 #: Controls, line separators and bidirectional overrides. To `str.isprintable` none of them is printable.
 _ESCAPES = {
@@ -68,6 +77,66 @@ def encode(record: logging.LogRecord, context: RequestContext | None, fields: Ma
     if record.stack_info:
         line["stack"] = record.stack_info
     return _json_line(line)
+
+
+def encode_plain(
+    created: int, name: str, level: str, message: object, args: object, context: RequestContext | None
+) -> bytes | None:
+    """Return the line that `encode` returns for a record of these, in a fraction of its time.
+
+    created: microseconds since the epoch.
+    args: what a record has; no code of theirs is run.
+
+    None for anything but texts and numbers in ASCII: those are for `encode`.
+    """
+    if type(message) is not str:
+        return None
+    try:
+        if args:
+            if type(args) is not tuple:
+                return None
+            for arg in args:
+                if type(arg) not in _PLAIN:
+                    return None
+            message %= args
+        text = _encode(message)
+    except Exception:  # the format does not match, or a surrogate
+        return None
+    end = _END if context is None else context.log_end or _prepare_end(context)
+    if end is None or not text.isascii() or _DELETE in text:
+        return None
+    second, micros = divmod(created, 1_000_000)
+    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], _middle(name, level), text, end))
+
+
+def encode_event(created: int, name: str, context: RequestContext) -> bytes | None:
+    """Return the line that `encode` returns for a record of the event of `context`; None where a field is not plain.
+
+    created: microseconds since the epoch.
+    """
+    fields = context.fields
+    for value in fields.values():
+        if type(value) not in _PLAIN:
+            return None
+    second, micros = divmod(created, 1_000_000)
+    line: dict[str, Any] = {
+        "timestamp": f"{_second(second)}.{micros:06}Z",
+        "severity": "INFO",
+        "logger": name,
+        "message": summary(context),
+    }
+    line |= zip(_IDS_AND_EVENT, _ids_and_event(context), strict=True)
+    for each in _IDS:
+        if line[each] is None:
+            del line[each]
+    _add(line, fields)
+    return _json_line(line)
+
+
+def summary(event: RequestContext | RequestEvent) -> str:
+    """Return the message of a request's event."""
+    result = event.outcome if event.status is None else event.status
+    return f"{event.method} {event.path} {result} {event.duration * 1000:.1f} ms"
 
 
 def encode_text(text: str) -> bytes:
@@ -126,6 +195,27 @@ def _add(line: dict[str, Any], fields: Mapping[Any, Any]) -> None:
         line[name] = value
 
 
+@lru_cache(maxsize=4)
+def _start(second: int) -> bytes:
+    return b'{"timestamp":"%b.' % _second(second).encode()
+
+
+@lru_cache(maxsize=1024)
+def _middle(name: str, level: str) -> bytes:
+    fields = _json_line({"severity": level, "logger": name, "message": ""})
+    return b'Z",' + fields.removeprefix(b"{").removesuffix(b'""}\n')
+
+
+def _prepare_end(context: RequestContext) -> bytes | None:
+    fields = context.fields
+    if not all(type(value) in _PLAIN for value in fields.values()):
+        return None
+    line: dict[str, Any] = _ids(context)
+    _add(line, fields)
+    context.log_end = b"," + _json_line(line).removeprefix(b"{")
+    return context.log_end
+
+
 def _timestamp(created: float) -> str | None:
     try:
         seconds, microseconds = divmod(round(created * 1_000_000), 1_000_000)
@@ -164,10 +254,10 @@ def _safe_str(value: object) -> str:
 
 def _json_line(line: dict[str, Any]) -> bytes:
     try:
-        encoded = msgspec.json.encode(line, enc_hook=_substitute)
+        encoded = _encode(line)
     except Exception:
         encoded = msgspec.json.encode({_name(key): _encodable(value) for key, value in line.items()})
-    if encoded.isascii() and b"\x7f" not in encoded:
+    if encoded.isascii() and _DELETE not in encoded:
         return encoded + b"\n"
     return _escaped(encoded.decode()).encode() + b"\n"
 
@@ -175,6 +265,9 @@ def _json_line(line: dict[str, Any]) -> bytes:
 def _substitute(value: object) -> str:
     """Return what stands for an object msgspec cannot encode; a subclass of `str` is one of them."""
     return str.__str__(value) if isinstance(value, str) else safe_repr(value)
+
+
+_encode = msgspec.json.Encoder(enc_hook=_substitute).encode
 
 
 def _encodable(value: object) -> Any:

@@ -9,15 +9,19 @@ import threading
 import time
 from typing import TextIO
 
-from overdrive.context import bound, current
+from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
 
-from .event import encode, encode_notice, encode_text, safe_repr
+from .event import encode, encode_event, encode_notice, encode_plain, encode_text, safe_repr
 from .queue import Stats, by_level, by_reason
 from .writer import Dropped, FileSink, StreamSink, Writer
 
 #: Seconds `flush` and `close` wait for a stalled sink.
 _TIMEOUT = 2.0
+
+
+#: What every record has; a record with more has an `extra`, or what another handler has left on it.
+_ATTRIBUTES = len(vars(logging.makeLogRecord({})))
 
 
 class _JsonLines(logging.Formatter):
@@ -81,6 +85,9 @@ class LogHandler(logging.Handler):
         if self._encoding.active or self._writer.is_writing:
             self._writer.drop(record.levelno, "recursion")
             return
+        if self.formatter is _JSON_LINES and (line := _plain_line(record)) is not None:
+            self._writer.put(record.levelno, line)
+            return
         self._encoding.active = True
         try:
             line = self._line(record)
@@ -90,6 +97,29 @@ class LogHandler(logging.Handler):
         finally:
             self._encoding.active = False
         self._writer.put(record.levelno, line)
+
+    def put_plain(self, name: str, level: int, message: object, args: object) -> bool:
+        """Write the line that a record of these would get, if it is a simple one; return whether it is.
+
+        For loggers that would make the record for this handler alone.
+        """
+        if self.formatter is not _JSON_LINES or self.filters or self._writer.is_writing:
+            return False
+        line = _plain(time.time_ns() // 1000, name, logging.getLevelName(level), message, args)
+        if line is None:
+            return False
+        self._writer.put(level, line)
+        return True
+
+    def put_event(self, name: str, context: RequestContext) -> bool:
+        """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
+        if self.formatter is not _JSON_LINES or self.filters or self._writer.is_writing:
+            return False
+        line = encode_event(time.time_ns() // 1000, name, context)
+        if line is None:
+            return False
+        self._writer.put(logging.INFO, line)
+        return True
 
     def flush(self) -> None:
         """Wait until what was logged so far is written, at most 2 seconds."""
@@ -122,6 +152,24 @@ class LogHandler(logging.Handler):
             return encode_notice(time.time(), levels, by_reason(dropped))
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
+
+
+def _plain_line(record: logging.LogRecord) -> bytes | None:
+    """Return the line of a record that is as the logger has made it; None where `encode` must look closer."""
+    try:
+        if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
+            return None
+        created = round(record.created * 1_000_000)
+        return _plain(created, record.name, record.levelname, record.msg, record.args)
+    except Exception:  # it is not what it should be
+        return None
+
+
+def _plain(created: int, name: str, level: str, message: object, args: object) -> bytes | None:
+    context = current()
+    if context is None and bound():
+        return None
+    return encode_plain(created, name, level, message, args, context)
 
 
 class _Encoding(threading.local):

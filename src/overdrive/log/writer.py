@@ -85,7 +85,7 @@ class Writer:
     @property
     def is_writing(self) -> bool:
         """Whether this thread is in the middle of writing, so that what it logs would never end."""
-        return threading.get_ident() == self._writing
+        return self._writing is not None and self._writing == threading.get_ident()
 
     def put(self, level: int, line: bytes) -> None:
         """Have `line` written soon; once closed, write it before returning, if the sink takes it in time."""
@@ -93,7 +93,7 @@ class Writer:
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
             return
-        if self._start.acquire(blocking=False):
+        if self._thread is None and self._start.acquire(blocking=False):
             self._start_thread()
         if wake:
             self._bell.ring()
@@ -167,6 +167,8 @@ class Writer:
             self._drain(_NEVER)
             if closing:
                 return
+            if not self._buffer.rest():
+                self._bell.ring()
 
     def _drain(self, deadline: float) -> None:
         """Write everything buffered, unless another thread is at it until `deadline`: then that one will."""
