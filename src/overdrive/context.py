@@ -74,6 +74,7 @@ class RequestContext:
         "span_id",
         "statements",
         "status",
+        "tails",
         "tenant",
         "trace_id",
         "work",
@@ -121,6 +122,8 @@ class RequestContext:
         self.fields: dict[str, Any] = {}
         #: The end of a log line of this request, once it is encoded.
         self.log_end: bytes | None = None
+        #: By handler, the lines that are held until the request has ended; none are from then on.
+        self.tails: dict[Any, Any] | None = {}
 
         self.route: str | None = None
         self.status: int | None = None

@@ -24,6 +24,7 @@ from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .log.event import summary
 from .log.logger import log_event
+from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class Observer:
                 raise
             finally:
                 context.duration = time.perf_counter() - started
+                if context.tails is not None:
+                    end_tails(context)
                 self._tell(context)
 
     def _is_heard(self) -> bool:

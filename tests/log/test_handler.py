@@ -58,7 +58,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def balanced(handler: LogHandler) -> bool:
     stats = handler.stats
-    return stats.emitted == stats.written + sum(stats.dropped.values()) + stats.pending
+    return stats.emitted == stats.written + sum(stats.sampled.values()) + sum(stats.dropped.values()) + stats.pending
 
 
 def test_a_record_becomes_a_line(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from overdrive.context import RequestContext, bind, serving
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.log import logger as logger_module
-from overdrive.log.event import encode, encode_event, encode_plain, summary
+from overdrive.log.event import END, encode, encode_event, encode_plain, line_end, summary
 from overdrive.log.handler import LogHandler
 from overdrive.log.logger import DirectLogger, log_directly, log_event
 
@@ -83,8 +83,10 @@ def test_a_plain_line_is_what_encode_returns(
     record.created = 1700000000.25
     if context is not None:
         context.fields.update(fields)
+    end = END if context is None else line_end(context)
+    assert end is not None
     expected = encode(record, context, context.fields if context is not None else {})
-    line = encode_plain(1_700_000_000_250_000, "app", "INFO", record.msg, record.args, context)
+    line = encode_plain(1_700_000_000_250_000, "app", "INFO", record.msg, record.args, end)
     assert line in (None, expected)
 
 
@@ -92,7 +94,7 @@ def test_a_plain_line_is_what_encode_returns(
     ("message", "args"), [("hello", ()), ("%s %d %.2f", ("a", 3, 1.5)), ('a "quoted"\n\x1b line', ()), ("%r", (None,))]
 )
 def test_texts_and_numbers_need_no_closer_look(message: str, args: tuple[Any, ...]) -> None:
-    assert encode_plain(0, "app", "INFO", message, args, None) is not None
+    assert encode_plain(0, "app", "INFO", message, args, END) is not None
 
 
 @given(contexts, st.integers(100, 599), st.dictionaries(st.text(), plain_values))

@@ -17,7 +17,7 @@ LEVELS = st.sampled_from([logging.DEBUG, logging.INFO, logging.ERROR, logging.CR
 
 def balanced(buffer: Buffer) -> bool:
     stats = buffer.stats
-    return stats.emitted == stats.written + sum(stats.dropped.values()) + stats.pending
+    return stats.emitted == stats.written + sum(stats.sampled.values()) + sum(stats.dropped.values()) + stats.pending
 
 
 def test_lines_come_out_in_order() -> None:

@@ -40,7 +40,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def balanced(writer: Writer) -> bool:
     stats = writer.stats
-    return stats.emitted == stats.written + sum(stats.dropped.values()) + stats.pending
+    return stats.emitted == stats.written + sum(stats.sampled.values()) + sum(stats.dropped.values()) + stats.pending
 
 
 class Gate:

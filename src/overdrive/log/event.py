@@ -16,12 +16,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import attrgetter
+from sys import getsizeof
 from typing import Any
 
 import msgspec
 
 from overdrive.context import RequestContext
 from overdrive.instrumentation.events import RequestEvent
+
+from .tail import Plain
 
 _IDS = ("request_id", "trace_id", "span_id")
 _FIXED = frozenset(
@@ -40,7 +43,8 @@ _STANDARD = frozenset(
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _DIGITS = [b"%03d" % number for number in range(1000)]
 _DELETE = 0x7F
-_END = b"}\n"
+#: The end of a line that belongs to no request.
+END = b"}\n"
 
 #: Controls, line separators and bidirectional overrides. To `str.isprintable` none of them is printable.
 _ESCAPES = {
@@ -79,13 +83,12 @@ def encode(record: logging.LogRecord, context: RequestContext | None, fields: Ma
     return _json_line(line)
 
 
-def encode_plain(
-    created: int, name: str, level: str, message: object, args: object, context: RequestContext | None
-) -> bytes | None:
+def encode_plain(created: int, name: str, level: str, message: object, args: object, end: bytes) -> bytes | None:
     """Return the line that `encode` returns for a record of these, in a fraction of its time.
 
     created: microseconds since the epoch.
     args: what a record has; no code of theirs is run.
+    end: what `line_end` returns.
 
     None for anything but texts and numbers in ASCII: those are for `encode`.
     """
@@ -102,11 +105,42 @@ def encode_plain(
         text = _encode(message)
     except Exception:  # the format does not match, or a surrogate
         return None
-    end = _END if context is None else context.log_end or _prepare_end(context)
-    if end is None or not text.isascii() or _DELETE in text:
+    if not text.isascii() or _DELETE in text:
         return None
     second, micros = divmod(created, 1_000_000)
     return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], _middle(name, level), text, end))
+
+
+def line_end(context: RequestContext) -> bytes | None:
+    """Return the end of every plain line of `context`: its ids and what is bound; None where that may change."""
+    if context.log_end is None and all(type(value) in _PLAIN for value in context.fields.values()):
+        line: dict[str, Any] = _ids(context)
+        _add(line, context.fields)
+        context.log_end = b"," + _json_line(line).removeprefix(b"{") if line else END
+    return context.log_end
+
+
+def plain_size(message: object, args: object) -> int | None:
+    """Return the bytes that keeping these takes; None where they may change, or run code of their own."""
+    if type(message) is not str or (args and type(args) is not tuple):
+        return None
+    size = 0
+    for arg in args:  # type: ignore[attr-defined]
+        if type(arg) not in _PLAIN:
+            return None
+        size += getsizeof(arg)
+    return size
+
+
+def encode_held(level: int, line: Plain) -> bytes:
+    """Return the line that is due now for one that was held."""
+    name = logging.getLevelName(level)
+    encoded = encode_plain(line.created, line.name, name, line.message, line.args, line.end)
+    if encoded is None:
+        record = logging.LogRecord(line.name, level, "", 0, line.message, line.args, None)
+        record.created = line.created / 1_000_000
+        encoded = encode(record, None, {}).removesuffix(END) + line.end
+    return encoded
 
 
 def encode_event(created: int, name: str, context: RequestContext) -> bytes | None:
@@ -204,16 +238,6 @@ def _start(second: int) -> bytes:
 def _middle(name: str, level: str) -> bytes:
     fields = _json_line({"severity": level, "logger": name, "message": ""})
     return b'Z",' + fields.removeprefix(b"{").removesuffix(b'""}\n')
-
-
-def _prepare_end(context: RequestContext) -> bytes | None:
-    fields = context.fields
-    if not all(type(value) in _PLAIN for value in fields.values()):
-        return None
-    line: dict[str, Any] = _ids(context)
-    _add(line, fields)
-    context.log_end = b"," + _json_line(line).removeprefix(b"{")
-    return context.log_end
 
 
 def _timestamp(created: float) -> str | None:

@@ -7,13 +7,25 @@ import os
 import sys
 import threading
 import time
-from typing import TextIO
+from typing import Literal, TextIO
 
 from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
 
-from .event import encode, encode_event, encode_notice, encode_plain, encode_text, safe_repr
+from .event import (
+    END,
+    encode,
+    encode_event,
+    encode_held,
+    encode_notice,
+    encode_plain,
+    encode_text,
+    line_end,
+    plain_size,
+    safe_repr,
+)
 from .queue import Stats, by_level, by_reason
+from .tail import Plain, Tail
 from .writer import Dropped, FileSink, StreamSink, Writer
 
 #: Seconds `flush` and `close` wait for a stalled sink.
@@ -43,7 +55,12 @@ class LogHandler(logging.Handler):
     max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
         the stream. An eighth of it is kept for ERROR and above.
 
-    Raises `ConfigurationError` where both `path` and `stream` are given.
+    tail: with `"errors"`, what a request logs below WARNING is held, in at most 64 KiB of its newest lines, and
+        written only if the request raised, was cancelled, was answered with a status of 500 or above, or was slow.
+        It takes the context that `Overdrive` gives each request; elsewhere lines are written at once.
+    slow: seconds from which a request counts as slow.
+
+    Raises `ConfigurationError` where both `path` and `stream` are given, and for a `tail` or `slow` that is none.
 
     A record is encoded where it is logged, so that its arguments are shown as they were. After `close`, which
     `logging.config` calls on the handlers it finds, records are written by their callers.
@@ -55,14 +72,22 @@ class LogHandler(logging.Handler):
         stream: TextIO | None = None,
         level: int | str = logging.NOTSET,
         max_bytes: int = 8 * 1024 * 1024,
+        tail: Literal["errors"] | None = None,
+        slow: float | None = None,
     ) -> None:
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        if tail not in (None, "errors"):
+            raise ConfigurationError(f'LogHandler(tail={tail!r}): there is tail="errors", or none')
+        if slow is not None and tail is None:
+            raise ConfigurationError('LogHandler(slow=...) says which requests are kept: it goes with tail="errors"')
         super().__init__(level)
         self.formatter = _JSON_LINES
         sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
         self._writer = Writer(sink, max_bytes, self._notice)
         self._encoding = _Encoding()
+        self._tail = tail is not None
+        self._slow = slow
 
     @property
     def stats(self) -> Stats:
@@ -85,8 +110,7 @@ class LogHandler(logging.Handler):
         if self._encoding.active or self._writer.is_writing:
             self._writer.drop(record.levelno, "recursion")
             return
-        if self.formatter is _JSON_LINES and (line := _plain_line(record)) is not None:
-            self._writer.put(record.levelno, line)
+        if self.formatter is _JSON_LINES and self._put_simple(record):
             return
         self._encoding.active = True
         try:
@@ -96,7 +120,11 @@ class LogHandler(logging.Handler):
             return
         finally:
             self._encoding.active = False
-        self._writer.put(record.levelno, line)
+        context = current()
+        if context is not None and self._holds(record.levelno, context):
+            self._tail_of(context).hold(record.levelno, line, len(line))
+        else:
+            self._writer.put(record.levelno, line)
 
     def put_plain(self, name: str, level: int, message: object, args: object) -> bool:
         """Write the line that a record of these would get, if it is a simple one; return whether it is.
@@ -105,11 +133,7 @@ class LogHandler(logging.Handler):
         """
         if self.formatter is not _JSON_LINES or self.filters or self._writer.is_writing:
             return False
-        line = _plain(time.time_ns() // 1000, name, logging.getLevelName(level), message, args)
-        if line is None:
-            return False
-        self._writer.put(level, line)
-        return True
+        return self._put_plain(time.time_ns() // 1000, name, level, logging.getLevelName(level), message, args)
 
     def put_event(self, name: str, context: RequestContext) -> bool:
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
@@ -138,6 +162,50 @@ class LogHandler(logging.Handler):
         """
         self._writer.reopen()
 
+    def _put_simple(self, record: logging.LogRecord) -> bool:
+        """Write a record that is as its logger has made it, if it is one of texts and numbers."""
+        try:
+            if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
+                return False
+            created = round(record.created * 1_000_000)
+            return self._put_plain(created, record.name, record.levelno, record.levelname, record.msg, record.args)
+        except Exception:  # it is not what it should be
+            return False
+
+    def _put_plain(self, created: int, name: str, level: int, level_name: str, message: object, args: object) -> bool:
+        context = current()
+        end = line_end(context) if context is not None else None if bound() else END
+        if end is None:
+            return False
+        if context is not None and self._holds(level, context):
+            size = plain_size(message, args)
+            if size is None:
+                return False
+            self._tail_of(context).hold(level, Plain(created, name, message, args, end), size)  # type: ignore[arg-type]
+            return True
+        line = encode_plain(created, name, level_name, message, args, end)
+        if line is None:
+            return False
+        self._writer.put(level, line)
+        return True
+
+    def _holds(self, level: int, context: RequestContext) -> bool:
+        return self._tail and level < logging.WARNING and context.tails is not None
+
+    def _tail_of(self, context: RequestContext) -> Tail:
+        tails = context.tails
+        tail: Tail | None = tails.get(self) if tails is not None else None
+        if tail is None:
+            tail = Tail(self._slow, self._keep, self._writer.sample, self._writer.lose)
+            if tails is not None:
+                tails[self] = tail
+            if context.tails is None:  # it has just ended
+                tail.end(context)
+        return tail
+
+    def _keep(self, level: int, line: Plain | bytes) -> None:
+        self._writer.put(level, line if isinstance(line, bytes) else encode_held(level, line))
+
     def _line(self, record: logging.LogRecord) -> bytes:
         if self.formatter is None or self.formatter is _JSON_LINES:
             return encode(record, current(), bound())
@@ -152,24 +220,6 @@ class LogHandler(logging.Handler):
             return encode_notice(time.time(), levels, by_reason(dropped))
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
-
-
-def _plain_line(record: logging.LogRecord) -> bytes | None:
-    """Return the line of a record that is as the logger has made it; None where `encode` must look closer."""
-    try:
-        if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
-            return None
-        created = round(record.created * 1_000_000)
-        return _plain(created, record.name, record.levelname, record.msg, record.args)
-    except Exception:  # it is not what it should be
-        return None
-
-
-def _plain(created: int, name: str, level: str, message: object, args: object) -> bytes | None:
-    context = current()
-    if context is None and bound():
-        return None
-    return encode_plain(created, name, level, message, args, context)
 
 
 class _Encoding(threading.local):

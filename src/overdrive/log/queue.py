@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: Why a line was not written: the buffer was `full`, the `sink` failed, it was logged while another one was
-#: encoded or written (`recursion`), or its record could not be turned into a line at all (`encoding`).
-Reason = Literal["full", "sink", "recursion", "encoding"]
+#: encoded or written (`recursion`), its record could not be turned into a line at all (`encoding`), or it had to make
+#: room for later ones of its request (`tail`).
+Reason = Literal["full", "sink", "recursion", "encoding", "tail"]
 
 #: A level number, and the bytes.
 Line = tuple[int, bytes]
@@ -24,14 +25,19 @@ _EARLY = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What became of the lines of this process: `emitted == written + sum(dropped.values()) + pending`.
+    """What became of the lines of this process.
 
+    `emitted == written + sum(sampled.values()) + sum(dropped.values()) + pending`; a line that is held until its
+    request has ended is emitted then.
+
+    sampled: lines by level name that were let go on purpose.
     dropped: lines by level name.
     pending: lines that are buffered or being written.
     """
 
     emitted: int
     written: int
+    sampled: dict[str, int]
     dropped: dict[str, int]
     pending: int
 
@@ -64,6 +70,7 @@ class Buffer:
         self._taken_size = 0
         self.settled = 0
         self._written = 0
+        self._sampled: Counter[int] = Counter()
         self._dropped: defaultdict[tuple[Reason, int], int] = defaultdict(int)
         #: Whether the writer waits for a line, and must be woken by the first.
         self.idle = True
@@ -99,10 +106,15 @@ class Buffer:
         self.idle = not self._lines
         return self.idle
 
-    def drop(self, level: int, reason: Reason) -> None:
-        """Count a line that never became one."""
+    def drop(self, level: int, reason: Reason, count: int = 1) -> None:
+        """Count lines that never became any."""
         with self._lock:
-            self._dropped[reason, level] += 1
+            self._dropped[reason, level] += count
+
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        with self._lock:
+            self._sampled += levels
 
     def take(self, max_bytes: int) -> list[Line]:
         """Remove and return the oldest lines, up to the one that reaches `max_bytes`. Settle them after."""
@@ -139,9 +151,11 @@ class Buffer:
         """The ledger, all of it read at one moment."""
         with self._lock:
             accepted = self._taken + len(self._lines)
+            refused = sum(count for (reason, _), count in self._dropped.items() if reason != "sink")
             return Stats(
-                emitted=accepted + sum(count for (reason, _), count in self._dropped.items() if reason != "sink"),
+                emitted=accepted + refused + self._sampled.total(),
                 written=self._written,
+                sampled={logging.getLevelName(level): count for level, count in self._sampled.items()},
                 dropped=by_level(Counter(self._dropped)),
                 pending=accepted - self.settled,
             )

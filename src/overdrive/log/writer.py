@@ -102,6 +102,15 @@ class Writer:
         """Count a line that never became one."""
         self._buffer.drop(level, reason)
 
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        self._buffer.sample(levels)
+
+    def lose(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that had to make room for later ones of their request."""
+        for level, count in levels.items():
+            self._buffer.drop(level, "tail", count)
+
     def flush(self, timeout: float) -> bool:
         """Wait until every line emitted before has been written, or counted as dropped.
 
