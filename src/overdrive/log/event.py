@@ -126,20 +126,22 @@ def plain_size(message: object, args: object) -> int | None:
         return None
     size = 0
     for arg in args:  # type: ignore[attr-defined]
-        if type(arg) not in _PLAIN:
+        kind = type(arg)
+        if kind is str or kind is int:
+            size += getsizeof(arg)
+        elif kind not in _PLAIN:
             return None
-        size += getsizeof(arg)
     return size
 
 
 def encode_held(level: int, line: Plain) -> bytes:
     """Return the line that is due now for one that was held."""
-    name = logging.getLevelName(level)
-    encoded = encode_plain(line.created, line.name, name, line.message, line.args, line.end)
+    created, name, message, args, end = line
+    encoded = encode_plain(created, name, logging.getLevelName(level), message, args, end)
     if encoded is None:
-        record = logging.LogRecord(line.name, level, "", 0, line.message, line.args, None)
-        record.created = line.created / 1_000_000
-        encoded = encode(record, None, {}).removesuffix(END) + line.end
+        record = logging.LogRecord(name, level, "", 0, message, args, None)
+        record.created = created / 1_000_000
+        encoded = encode(record, None, {}).removesuffix(END) + end
     return encoded
 
 

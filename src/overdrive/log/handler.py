@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
@@ -133,7 +133,11 @@ class LogHandler(logging.Handler):
         """
         if self.formatter is not _JSON_LINES or self.filters or self._writer.is_writing:
             return False
-        return self._put_plain(time.time_ns() // 1000, name, level, logging.getLevelName(level), message, args)
+        context = current()
+        if self._tail and context is not None and self._hold_plain(context, None, name, level, message, args):
+            return True
+        now = time.time_ns() // 1000
+        return self._put_plain(context, now, name, level, logging.getLevelName(level), message, args)
 
     def put_event(self, name: str, context: RequestContext) -> bool:
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
@@ -168,23 +172,40 @@ class LogHandler(logging.Handler):
             if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
                 return False
             created = round(record.created * 1_000_000)
-            return self._put_plain(created, record.name, record.levelno, record.levelname, record.msg, record.args)
+            name, level, message, args = record.name, record.levelno, record.msg, record.args
+            context = current()
+            if self._tail and context is not None and self._hold_plain(context, created, name, level, message, args):
+                return True
+            return self._put_plain(context, created, name, level, record.levelname, message, args)
         except Exception:  # it is not what it should be
             return False
 
-    def _put_plain(self, created: int, name: str, level: int, level_name: str, message: object, args: object) -> bool:
-        context = current()
-        end = line_end(context) if context is not None else None if bound() else END
-        if end is None:
+    def _hold_plain(
+        self, context: RequestContext, created: int | None, name: str, level: int, message: Any, args: Any
+    ) -> bool:
+        tails = context.tails
+        if level >= logging.WARNING or tails is None or (size := plain_size(message, args)) is None:
             return False
-        if context is not None and self._holds(level, context):
-            size = plain_size(message, args)
-            if size is None:
-                return False
-            self._tail_of(context).hold(level, Plain(created, name, message, args, end), size)  # type: ignore[arg-type]
-            return True
-        line = encode_plain(created, name, level_name, message, args, end)
-        if line is None:
+        if (end := context.log_end or line_end(context)) is None:
+            return False
+        tail = tails.get(self) or self._tail_of(context)
+        tail.hold(level, (created or time.time_ns() // 1000, name, message, args, end), size)
+        return True
+
+    def _put_plain(
+        self,
+        context: RequestContext | None,
+        created: int,
+        name: str,
+        level: int,
+        level_name: str,
+        message: object,
+        args: object,
+    ) -> bool:
+        if self._tail and context is not None and self._holds(level, context):
+            return False  # it is not plain
+        end = (None if bound() else END) if context is None else context.log_end or line_end(context)
+        if end is None or (line := encode_plain(created, name, level_name, message, args, end)) is None:
             return False
         self._writer.put(level, line)
         return True

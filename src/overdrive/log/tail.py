@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from overdrive.context import RequestContext
 
@@ -17,21 +16,11 @@ _MAX_BYTES = 64 * 1024
 _OVERHEAD = 256
 
 
-class Plain(NamedTuple):
-    """A line that is not encoded yet, as nothing in it can change.
+#: A line that is not encoded yet, as nothing in it can change: microseconds since the epoch, the logger's name,
+#: message and arguments, and the end of the line, with what was bound when it was logged.
+Plain = tuple[int, str, str, tuple[object, ...], bytes]
 
-    created: microseconds since the epoch.
-    end: the end of the line, with what was bound when it was logged.
-    """
-
-    created: int
-    name: str
-    message: str
-    args: tuple[object, ...]
-    end: bytes
-
-
-Held = tuple[int, Plain | bytes, int]
+_Held = tuple[int, Plain | bytes, int]
 
 
 class Tail:
@@ -56,7 +45,7 @@ class Tail:
     ) -> None:
         self.slow = slow
         self._keep, self._sample, self._lose = keep, sample, lose
-        self._lines: deque[Held] = deque()
+        self._lines: deque[_Held] = deque()
         self._size = 0
         self._gone: Counter[int] = Counter()
         self._ended = self._kept = False
