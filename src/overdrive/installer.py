@@ -21,7 +21,7 @@ from .cache.cache import Cache
 from .cache.key import Shortcuts
 from .cache.policy import Policy
 from .caching import KnownRequests, cache_route, check_replaced_call
-from .config import PaginationSettings
+from .config import LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, RequestError
@@ -43,6 +43,7 @@ from .routes import (
 
 if TYPE_CHECKING:
     from .app import Overdrive
+    from .log.logger import BindingLogger
 
 logger = logging.getLogger("overdrive")
 
@@ -60,7 +61,9 @@ class Installation:
         self.pagination = PaginationSettings()
         self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
-        self.logs_events = False
+        self.log = LogSettings(events=False)
+        #: What takes the events instead of the logger `overdrive.request`.
+        self.events_to: BindingLogger | None = None
         self._installed = False
         #: Of requests that were seen before: how their route is cached, and under which key.
         self._shortcuts: KnownRequests = Shortcuts()
@@ -99,8 +102,9 @@ class Installation:
         self.pagination = settings.pagination
         if settings.pagination.secrets:
             self.cursor_keys = tuple(each.get_secret_value().encode() for each in settings.pagination.secrets)
-        self.request_id_header = settings.log.request_id_header.encode()
-        self.logs_events = settings.log.events
+        self.request_id_header = settings.log.request_id_header.lower().encode()
+        self.log = settings.log
+        self.events_to = runtime.events_to
 
     # Where Overdrive stands
 

@@ -236,16 +236,22 @@ def test_every_handler_hears_what_it_wants(handler: LogHandler, stream: io.Strin
     assert [line["message"] for line in lines(handler, stream)] == ["info", "warning"]
 
 
-def test_an_event_is_left_to_the_logger_where_others_listen(handler: LogHandler) -> None:
+def test_an_event_is_left_to_the_logger_where_others_listen(
+    handler: LogHandler, stream: io.StringIO, records: list[logging.LogRecord]
+) -> None:
     context = RequestContext(request_id="r1", method="GET", path="/")
     logger = logging.Logger("app")
     logger.addHandler(handler)
-    assert log_event(logger, context)
+    log_event(logger, context)
+    assert len(records) == 0
     context.fields["items"] = []
-    assert not log_event(logger, context)
+    log_event(logger, context)
+    assert len(records) == 1
     context.fields.clear()
     logger.addHandler(logging.StreamHandler(io.StringIO()))
-    assert not log_event(logger, context)
+    log_event(logger, context)
+    assert len(records) == 2
+    assert [line["message"] for line in lines(handler, stream)] == ["GET / ok 0.0 ms"] * 3
 
 
 @pytest.fixture

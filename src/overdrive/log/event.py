@@ -150,8 +150,7 @@ def encode_event(created: int, name: str, context: RequestContext) -> bytes | No
 
     created: microseconds since the epoch.
     """
-    fields = context.fields
-    for value in fields.values():
+    for value in context.fields.values():
         if type(value) not in _PLAIN:
             return None
     second, micros = divmod(created, 1_000_000)
@@ -161,12 +160,17 @@ def encode_event(created: int, name: str, context: RequestContext) -> bytes | No
         "logger": name,
         "message": summary(context),
     }
-    line |= zip(_IDS_AND_EVENT, _ids_and_event(context), strict=True)
+    return _json_line(line | event_fields(context))
+
+
+def event_fields(context: RequestContext) -> dict[str, Any]:
+    """Return what the event of `context` carries, with what is bound."""
+    line: dict[str, Any] = dict(zip(_IDS_AND_EVENT, _ids_and_event(context), strict=True))
     for each in _IDS:
         if line[each] is None:
             del line[each]
-    _add(line, fields)
-    return _json_line(line)
+    _add(line, context.fields)
+    return line
 
 
 def summary(event: RequestContext | RequestEvent) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from typing import Any, Literal, TextIO
 
 from overdrive.context import RequestContext, bound, current
@@ -148,6 +149,10 @@ class LogHandler(logging.Handler):
             return False
         self._writer.put(logging.INFO, line)
         return True
+
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        self._writer.sample(levels)
 
     def flush(self) -> None:
         """Wait until what was logged so far is written, at most 2 seconds."""

@@ -7,10 +7,14 @@ of twenty-two attributes. Neither is in a line of JSON.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from overdrive.context import RequestContext
+from overdrive.instrumentation.events import RequestEvent
 
+from .event import event_fields, summary
 from .handler import LogHandler
 
 _Logger = logging.Logger
@@ -55,10 +59,33 @@ def log_directly() -> None:
             logger.__class__ = DirectLogger
 
 
-def log_event(logger: logging.Logger, context: RequestContext) -> bool:
-    """Have the event of `context` written, if a `LogHandler` is alone to hear `logger`; return whether it is."""
+class BindingLogger(Protocol):
+    """A logger of structlog or loguru."""
+
+    def bind(self, **fields: Any) -> Any:
+        """Return a logger with these fields."""
+
+
+def log_event(logger: logging.Logger, context: RequestContext) -> None:
+    """Log the event of `context`; without a record, if a `LogHandler` is alone to hear `logger`."""
     handler = sole_handler(logger, logging.INFO)
-    return handler is not None and handler.put_event(logger.name, context)
+    if handler is None or not handler.put_event(logger.name, context):
+        logger.info("%s", summary(context), extra={"event": RequestEvent.of(context)})
+
+
+def let_event_go(logger: logging.Logger) -> None:
+    """Count an event that is not logged, on each `LogHandler` that would have had it."""
+    for handler in _heard(logger, logging.INFO):
+        if isinstance(handler, LogHandler):
+            handler.sample(Counter({logging.INFO: 1}))
+
+
+def bind_event(logger: BindingLogger, context: RequestContext) -> None:
+    """Log the event of `context` as structlog and loguru do."""
+    try:
+        logger.bind(**event_fields(context)).info(summary(context))
+    except Exception:  # of a processor, say: the request is answered already
+        logging.getLogger("overdrive").exception("an event could not be logged to %r", logger)
 
 
 def sole_handler(logger: logging.Logger, level: int) -> LogHandler | None:
@@ -73,7 +100,7 @@ def sole_handler(logger: logging.Logger, level: int) -> LogHandler | None:
         return None
     found = None
     ancestor: logging.Logger | None = logger
-    while ancestor is not None:
+    while ancestor is not None:  # what `_heard` yields; a generator would take twice as long, for every line
         for handler in ancestor.handlers:
             if level >= handler.level and type(handler) is not logging.NullHandler:
                 if found is not None or type(handler) is not LogHandler:
@@ -81,3 +108,12 @@ def sole_handler(logger: logging.Logger, level: int) -> LogHandler | None:
                 found = handler
         ancestor = ancestor.parent if ancestor.propagate else None
     return found
+
+
+def _heard(logger: logging.Logger, level: int) -> Iterator[logging.Handler]:
+    ancestor: logging.Logger | None = logger
+    while ancestor is not None:
+        for handler in ancestor.handlers:
+            if level >= handler.level:
+                yield handler
+        ancestor = ancestor.parent if ancestor.propagate else None
