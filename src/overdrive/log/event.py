@@ -59,11 +59,17 @@ _ESCAPES = {
 } | {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 
 
-def encode(record: logging.LogRecord, context: RequestContext | None, fields: Mapping[str, Any]) -> bytes:
+def encode(
+    record: logging.LogRecord,
+    context: RequestContext | None,
+    fields: Mapping[str, Any],
+    span: Mapping[str, str] | None = None,
+) -> bytes:
     """Return `record` as one JSON line, ended by a line feed.
 
     context: the request it was logged in, whose ids it gets.
     fields: what `bind` added there; the record's own `extra` wins over them.
+    span: `trace_id` and `span_id` of an active span, which win over the context's.
 
     `extra={"event": RequestEvent(...)}` becomes top-level fields, and the event's ids win over the context's.
     """
@@ -75,12 +81,13 @@ def encode(record: logging.LogRecord, context: RequestContext | None, fields: Ma
         fields = {**fields, **event.fields}
     elif context is not None:
         line |= _ids(context)
+    line |= span or {}
     _add(line, {**fields, **extra})
     if isinstance(record.exc_info, tuple) and record.exc_info[0] is not None:
         line["exception"] = _exception(*record.exc_info)
     if record.stack_info:
         line["stack"] = record.stack_info
-    return _json_line(line)
+    return json_line(line)
 
 
 def encode_plain(created: int, name: str, level: str, message: object, args: object, end: bytes) -> bytes | None:
@@ -116,7 +123,7 @@ def line_end(context: RequestContext) -> bytes | None:
     if context.log_end is None and all(type(value) in _PLAIN for value in context.fields.values()):
         line: dict[str, Any] = _ids(context)
         _add(line, context.fields)
-        context.log_end = b"," + _json_line(line).removeprefix(b"{") if line else END
+        context.log_end = b"," + json_line(line).removeprefix(b"{") if line else END
     return context.log_end
 
 
@@ -160,7 +167,7 @@ def encode_event(created: int, name: str, context: RequestContext) -> bytes | No
         "logger": name,
         "message": summary(context),
     }
-    return _json_line(line | event_fields(context))
+    return json_line(line | event_fields(context))
 
 
 def event_fields(context: RequestContext) -> dict[str, Any]:
@@ -190,7 +197,7 @@ def encode_notice(created: float, levels: Mapping[str, int], reasons: Mapping[st
     created: seconds since the epoch.
     levels, reasons: how many were dropped, by level name and by reason; two views of the same lines.
     """
-    return _json_line(
+    return json_line(
         {
             "timestamp": _timestamp(created),
             "severity": "WARNING",
@@ -242,7 +249,7 @@ def _start(second: int) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _middle(name: str, level: str) -> bytes:
-    fields = _json_line({"severity": level, "logger": name, "message": ""})
+    fields = json_line({"severity": level, "logger": name, "message": ""})
     return b'Z",' + fields.removeprefix(b"{").removesuffix(b'""}\n')
 
 
@@ -282,7 +289,8 @@ def _safe_str(value: object) -> str:
         return f"<unprintable {type(value).__name__}>"
 
 
-def _json_line(line: dict[str, Any]) -> bytes:
+def json_line(line: dict[str, Any]) -> bytes:
+    """Return `line` as JSON, ended by a line feed, whatever it holds."""
     try:
         encoded = _encode(line)
     except Exception:
