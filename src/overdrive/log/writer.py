@@ -6,6 +6,7 @@ The thread never logs and takes no lock but the ones of this package, so that wh
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
@@ -15,8 +16,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from time import monotonic
+from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 from typing import Protocol, TextIO
 
 from .queue import Buffer, Line, Reason, Stats
@@ -283,14 +284,22 @@ class StreamSink:
 
 
 class _Descriptor:
-    """Whole lines on a raw descriptor, in one write; on a pipe in writes that others' cannot interrupt."""
+    """Whole lines on a raw descriptor, in one write; on a pipe in writes that others' cannot interrupt.
+
+    What is longer than `PIPE_BUF` takes several (POSIX, write): on a pipe, processes write one after the other.
+    """
 
     def __init__(self) -> None:
         self._torn = False
 
     def write(self, fd: int, lines: Sequence[bytes], deadline: float) -> int:
         """Return how many of `lines` were written whole."""
-        step = select.PIPE_BUF if stat.S_ISFIFO(os.fstat(fd).st_mode) else sys.maxsize
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return self._write(fd, lines, sys.maxsize, deadline)
+        with _alone(fd, deadline):
+            return self._write(fd, lines, select.PIPE_BUF, deadline)
+
+    def _write(self, fd: int, lines: Sequence[bytes], step: int, deadline: float) -> int:
         if self._torn:
             self._torn = _send(fd, b"\n", step, deadline) == 0
         written = 0
@@ -301,6 +310,34 @@ class _Descriptor:
                 self._torn = self._torn or (sent > 0 and not chunk.endswith(b"\n", 0, sent))
                 break
         return written
+
+
+@contextmanager
+def _alone(fd: int, deadline: float) -> Iterator[None]:
+    """Keep other processes that ask for it from writing to `fd`; not beyond `deadline`, for which lines are late."""
+    # A record lock belongs to its process; one of flock() would be shared by workers that inherited the descriptor.
+    with suppress(OSError):  # where a pipe cannot be locked, short lines are whole in any case
+        if deadline == _NEVER:
+            fcntl.lockf(fd, fcntl.LOCK_EX)
+        else:
+            _lock_until(fd, deadline)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def _lock_until(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() >= deadline:
+                return
+            sleep(0.001)
+        else:
+            return
 
 
 def _chunks(lines: Sequence[bytes], size: int) -> Iterator[bytes]:
