@@ -271,10 +271,9 @@ class LogHandler(logging.Handler):
 
 def _span() -> dict[str, str] | None:
     """Return the ids of the active span, where anybody traces: https://opentelemetry.io/docs/specs/otel/logs/."""
-    trace = sys.modules.get("opentelemetry.trace")
-    if trace is None:
+    if "opentelemetry.sdk.trace" not in sys.modules:  # the interface alone, which FastAPI imports, starts no span
         return None
-    span = trace.get_current_span().get_span_context()
+    span = sys.modules["opentelemetry.trace"].get_current_span().get_span_context()
     return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"} if span.is_valid else None
 
 
