@@ -152,6 +152,8 @@ class Writer:
         if self._closed and (self._thread is None or not self._thread.is_alive()):
             self._thread = None
             self._start = threading.Lock()
+            if not self._buffer.rest():
+                self._bell.ring()
             self._closed = False
 
     def _start_thread(self) -> None:
