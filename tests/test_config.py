@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -44,7 +45,13 @@ def test_defaults() -> None:
             "verify": 0,
             "off": (),
         },
-        "log": {"events": True, "request_id_header": "x-request-id"},
+        "log": {
+            "events": True,
+            "request_id_header": "x-request-id",
+            "trust_request_id": False,
+            "sample": {},
+            "server_timing": False,
+        },
         "pagination": {"size": 50, "max_size": 100, "max_offset": 1_000_000, "link_header": True, "secrets": ()},
     }
 
@@ -69,6 +76,9 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "CACHE__OFF": '["/one", "/two"]',
         "LOG__EVENTS": False,
         "LOG__REQUEST_ID_HEADER": "x-id",
+        "LOG__TRUST_REQUEST_ID": True,
+        "LOG__SAMPLE": {"/health": 0.5},
+        "LOG__SERVER_TIMING": True,
         "PAGINATION__SIZE": 7,
         "PAGINATION__MAX_SIZE": 8,
         "PAGINATION__MAX_OFFSET": 9,
@@ -76,7 +86,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "PAGINATION__SECRETS": "hush" * 4,
     }
     for name, value in given.items():
-        monkeypatch.setenv(f"OVERDRIVE_{name}", str(value))
+        monkeypatch.setenv(f"OVERDRIVE_{name}", json.dumps(value) if isinstance(value, dict) else str(value))
 
     read = Settings.load().model_dump()
     (secret,) = read["pagination"].pop("secrets")
@@ -112,10 +122,11 @@ def test_arguments_win_over_variables_one_by_one(monkeypatch: pytest.MonkeyPatch
         ("CACHE__ENABLED", "maybe", "valid boolean"),
         ("CACHE__TTL", "0", "greater than 0"),
         ("CACHE__PREFIX", "", "at least 1 character"),
-        ("CACHE__MAX_BYTES", "0", "greater than or equal to 1"),
+        ("CACHE__MAX_BYTES", "-1", "greater than or equal to 0"),
         ("CACHE__MAX_BODY", "1.5", "valid integer"),
         ("LOG__EVENTS", "", "valid boolean"),
         ("LOG__REQUEST_ID_HEADER", "x request id", "should match pattern"),
+        ("LOG__TRUST_REQUEST_ID", "perhaps", "valid boolean"),
         ("PAGINATION__SIZE", "0", "greater than or equal to 1"),
         ("PAGINATION__MAX_SIZE", "10001", "less than or equal to 10000"),
         ("POOL__SIZE", "a\nb", "valid integer"),

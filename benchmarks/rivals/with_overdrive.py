@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 
 from benchmarks.rivals import shop
 from benchmarks.rivals.shop import User, UserOut, constant_app
-from overdrive import CursorPage, LogHandler, Overdrive, Page, SessionDep, Settings, cached, paginate
+from overdrive import CursorPage, LogHandler, Overdrive, Page, SessionDep, Settings, cached, log_directly, paginate
 
 
 def _app(pool_size: int = shop.POOL_SIZE, **settings: Any) -> FastAPI:
@@ -71,8 +71,15 @@ def log() -> FastAPI:
     return _logging(FastAPI())
 
 
+def direct_log() -> FastAPI:
+    """Return an app whose loggers hand what they are told straight to Overdrive's handler."""
+    log_directly()
+    return _logging(FastAPI())
+
+
 def log_and_event() -> FastAPI:
-    """Return an app that logs with Overdrive's handler, and Overdrive one event a request besides."""
+    """Return an app that logs so, and Overdrive one event a request besides."""
+    log_directly()
     app = FastAPI()
     Overdrive(app)
     return _logging(app)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .export import stream as stream
     from .listing import Listing as Listing
     from .log.handler import LogHandler as LogHandler
+    from .log.logger import log_directly as log_directly
     from .pages import paginate as paginate
     from .pagination.page import BasePage as BasePage
     from .pagination.page import CountedCursorPage as CountedCursorPage
@@ -82,6 +83,7 @@ _MODULES = {
     "export": ("stream",),
     "listing": ("Listing",),
     "log.handler": ("LogHandler",),
+    "log.logger": ("log_directly",),
     "pages": ("paginate",),
     "pagination.page": (
         "BasePage",

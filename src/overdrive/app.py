@@ -21,6 +21,7 @@ from .config import CacheSettings, Settings
 from .errors import ConfigurationError
 from .installer import Installation
 from .log.handler import LogHandler
+from .log.logger import BindingLogger
 from .pool.engine import create_engine, create_sync_engine, prepare
 from .pool.observe import Observation, observe
 from .pool.session import Sessions, SyncSessions
@@ -41,6 +42,7 @@ class Overdrive:
     tenant: says whose data a request is about, where the app has several tenants: their name, or None where that is
         nobody's. A cached response, a value and a cursor are good for their tenant alone; without one nothing is kept.
         It is called inside the app's own middlewares, so that it may read what these have found out.
+    events_to: a logger of structlog or loguru, which gets each request's event instead of `overdrive.request`.
 
     Raises `ConfigurationError` for a setting that cannot work. Nothing is connected before it is used.
     """
@@ -59,7 +61,14 @@ class Overdrive:
         engines: Mapping[str, AsyncEngine] | None = None,
         cache: bool | None = None,
         tenant: Callable[[Request], str | None] | None = None,
+        events_to: BindingLogger | None = None,
     ) -> None:
+        if events_to is not None and not hasattr(events_to, "bind"):
+            raise ConfigurationError(
+                "events_to= takes a logger of structlog or loguru, which has bind(); the standard library's "
+                "loggers get their events from the logger overdrive.request"
+            )
+        self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
         self.cache = _cache(self.settings, cache)

@@ -91,12 +91,22 @@ class LogSettings(BaseModel):
 
     events: log one INFO record a request on the logger `overdrive.request`.
     request_id_header: response header that carries the request's id.
+    trust_request_id: whether a request that brings that header keeps its id, where it is 1 to 128 letters, digits and
+        `.`, `_`, `-`. For services behind a proxy that sets it: else anyone may choose what is logged.
+    sample: by route (`/items/{id}`), the share of its events that is logged, from 0, none, to 1. What was answered
+        with a status of 500 or above, raised, was cancelled or cut off is always logged. Events of one trace are
+        kept or let go together.
+    server_timing: whether responses say in a `Server-Timing` header where their time went (W3C Server Timing), to
+        whoever reads them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     events: bool = True
     request_id_header: str = Field("x-request-id", pattern=r"^[A-Za-z0-9-]+$")
+    trust_request_id: bool = False
+    sample: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    server_timing: bool = False
 
 
 class PaginationSettings(BaseModel):

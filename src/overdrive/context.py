@@ -62,6 +62,7 @@ class RequestContext:
         "exchange",
         "fields",
         "instant",
+        "log_end",
         "method",
         "outcome",
         "page",
@@ -79,6 +80,7 @@ class RequestContext:
         "span_id",
         "statements",
         "status",
+        "tails",
         "tenant",
         "trace_id",
         "work",
@@ -126,6 +128,10 @@ class RequestContext:
         self.wrote: set[str] = set()
         #: What `bind` added, for every record and the event.
         self.fields: dict[str, Any] = {}
+        #: The end of a log line of this request, once it is encoded.
+        self.log_end: bytes | None = None
+        #: By handler, the lines that are held until the request has ended; none are from then on.
+        self.tails: dict[Any, Any] | None = {}
 
         self.route: str | None = None
         self.status: int | None = None
@@ -155,15 +161,24 @@ def current() -> RequestContext | None:
     return _request.get()
 
 
-@contextmanager
-def serving(context: RequestContext) -> Iterator[RequestContext]:
+class serving:  # noqa: N801 - a context manager, of which a generator would cost each request three times as much
     """Make `context` the current request, and its reads the outermost collector."""
-    request, collectors = _request.set(context), _collectors.set((context.reads,))
-    yield context
-    # Not where the block has raised: the server is about to log that, and its record belongs to this request too.
-    # Nothing is left behind, as a server runs each request in a context of its own.
-    _collectors.reset(collectors)
-    _request.reset(request)
+
+    __slots__ = ("_collectors", "_context", "_request")
+
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
+
+    def __enter__(self) -> RequestContext:
+        self._request, self._collectors = _request.set(self._context), _collectors.set((self._context.reads,))
+        return self._context
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        # Not where the block has raised: the server is about to log that, and its record belongs to this request
+        # too. Nothing is left behind, as a server runs each request in a context of its own.
+        if kind is None:
+            _collectors.reset(self._collectors)
+            _request.reset(self._request)
 
 
 @contextmanager
@@ -186,6 +201,7 @@ def bind(**fields: Any) -> None:
     """Add fields to every log record, and to the event, of this request; outside a request, of this task."""
     if (context := _request.get()) is not None:
         context.fields.update(fields)
+        context.log_end = None
     else:
         _unbound_fields.set({**_unbound_fields.get(), **fields})
 

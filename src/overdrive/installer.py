@@ -23,7 +23,7 @@ from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import CacheSettings, PaginationSettings
+from .config import CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, RequestError
@@ -45,6 +45,7 @@ from .routes import (
 
 if TYPE_CHECKING:
     from .app import Overdrive
+    from .log.logger import BindingLogger
 
 logger = logging.getLogger("overdrive")
 
@@ -62,7 +63,9 @@ class Installation:
         self.pagination = PaginationSettings()
         self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
-        self.logs_events = False
+        self.log = LogSettings(events=False)
+        #: What takes the events instead of the logger `overdrive.request`.
+        self.events_to: BindingLogger | None = None
         self._installed = False
         #: Of requests that were seen before: how their route is cached, and under which key.
         self._shortcuts: KnownRequests = Shortcuts()
@@ -106,8 +109,9 @@ class Installation:
         self.pagination = settings.pagination
         if settings.pagination.secrets:
             self.cursor_keys = tuple(each.get_secret_value().encode() for each in settings.pagination.secrets)
-        self.request_id_header = settings.log.request_id_header.encode()
-        self.logs_events = settings.log.events
+        self.request_id_header = settings.log.request_id_header.lower().encode()
+        self.log = settings.log
+        self.events_to = runtime.events_to
 
     # Where Overdrive stands
 

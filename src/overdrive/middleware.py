@@ -14,6 +14,7 @@ import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -22,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
+from .log.logger import bind_event, let_event_go, log_event
+from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ request_log = logging.getLogger("overdrive.request")
 _TRACEPARENT = re.compile(
     rb"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
 )
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 #: Where a scope tells a mounted app's Observer that it is being observed.
 _OBSERVED = "overdrive"
@@ -72,7 +77,7 @@ class Observer:
         installation, policy = self._installation, known.policy
         start, body = replayed(entry, policy, installation.cache.clock(), wishes_of(scope["headers"]))
         _tell_route(scope, known)
-        if not self._is_heard():
+        if not self._is_heard() and not installation.log.trust_request_id and not installation.log.server_timing:
             start["headers"].append((installation.request_id_header, _new_id().encode()))
             await send(start)
             await send(body)
@@ -112,6 +117,9 @@ class Observer:
                 context.status = message["status"]
                 # A new message: an app may send the same one to everybody.
                 message = {**message, "headers": [*message.get("headers", ()), id_header]}
+                if installation.log.server_timing:
+                    timing = _server_timing(context, time.perf_counter() - started)
+                    message["headers"].append((b"server-timing", timing))
             elif kind == "http.response.body":
                 context.bytes_sent += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
@@ -140,28 +148,49 @@ class Observer:
                 raise
             finally:
                 context.duration = time.perf_counter() - started
+                if context.tails is not None:
+                    end_tails(context)
                 self._tell(context)
 
     def _is_heard(self) -> bool:
         return listening() or self._is_logged()
 
     def _is_logged(self) -> bool:
-        return self._installation.logs_events and request_log.isEnabledFor(logging.INFO)
+        installation = self._installation
+        return installation.log.events and (
+            installation.events_to is not None or request_log.isEnabledFor(logging.INFO)
+        )
 
     def _tell(self, context: RequestContext) -> None:
-        if not self._is_heard():
+        if listening():
+            publish(RequestEvent.of(context))
+        if not self._is_logged():
             return
-        event = RequestEvent.of(context)
-        publish(event)
-        if self._is_logged():
-            request_log.info(
-                "%s %s %s %.1f ms",
-                event.method,
-                event.path,
-                event.status if event.status is not None else event.outcome,
-                event.duration * 1000,
-                extra={"event": event},
-            )
+        installation = self._installation
+        if installation.log.sample and not _is_kept(context, installation.log.sample.get(context.route or "", 1)):
+            let_event_go(request_log)
+        elif installation.events_to is not None:
+            bind_event(installation.events_to, context)
+        else:
+            log_event(request_log, context)
+
+
+def _is_kept(context: RequestContext, share: float) -> bool:
+    """Decide as every service does that sees the same trace."""
+    if share == 1 or context.outcome != "ok":
+        return True
+    return crc32((context.trace_id or context.request_id).encode()) < share * 2**32
+
+
+def _server_timing(context: RequestContext, elapsed: float) -> bytes:
+    """Return where the time went: https://www.w3.org/TR/server-timing/, in milliseconds."""
+    parts = [f"total;dur={elapsed * 1000:.1f}"]
+    if context.statements:
+        parts.append(f'db;dur={context.database_time * 1000:.1f};desc="{context.statements} statements"')
+        parts.append(f"pool;dur={context.pool_wait * 1000:.1f}")
+    if context.cache_status is not None:
+        parts.append(f'cache;desc="{context.cache_status}"')
+    return ", ".join(parts).encode()
 
 
 def _tell_route(scope: Scope, known: Known) -> None:
@@ -180,10 +209,15 @@ def _new_id() -> str:
 
 
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
-    traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-    trace = _TRACEPARENT.fullmatch(traceparent)
+    trace = request_id = None
+    trusted = installation.request_id_header if installation.log.trust_request_id else None
+    for name, value in scope["headers"]:
+        if name == b"traceparent":
+            trace = _TRACEPARENT.fullmatch(value)
+        elif name == trusted and _REQUEST_ID.fullmatch(value):
+            request_id = value.decode()
     return RequestContext(
-        request_id=_new_id(),
+        request_id=request_id or _new_id(),
         method=scope.get("method", "WEBSOCKET"),
         path=scope["path"],
         query=scope["query_string"].decode("latin-1"),

@@ -40,7 +40,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def balanced(writer: Writer) -> bool:
     stats = writer.stats
-    return stats.emitted == stats.written + sum(stats.dropped.values()) + stats.pending
+    return stats.emitted == stats.written + sum(stats.sampled.values()) + sum(stats.dropped.values()) + stats.pending
 
 
 class Gate:
@@ -116,7 +116,7 @@ def test_lines_gather_for_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     writer.close(5)
 
 
-@pytest.mark.parametrize(("level", "line"), [(ERROR, b"a\n"), (INFO, b"x" * 40_000 + b"\n")])
+@pytest.mark.parametrize(("level", "line"), [(ERROR, b"a\n"), (INFO, b"x" * 80_000 + b"\n")])
 def test_an_error_and_a_lot_are_not_left_to_the_tick(level: int, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "_TICK", 3600.0)
     gate = Gate()
@@ -334,6 +334,56 @@ for _ in range(20):
     assert [process.wait(10) for process in processes] == [0, 0, 0]
     assert len(lines) == 3 * 20 * 300
     assert all(len(set(line)) == 1 for line in lines)
+
+
+@pytest.mark.parametrize("start", ["exec", "fork"])
+def test_workers_that_share_a_pipe_tear_no_long_line(start: str) -> None:
+    work = """
+import os, sys
+from overdrive.log.writer import StreamSink
+def work(name, sink):
+    for _ in range(20):
+        sink.write([name * size + b"\\n" for size in (65_536, 10, 9_000)], float("inf"))
+"""
+    forks = """
+sink = StreamSink(sys.stdout)
+for name in b"abcd":
+    if os.fork() == 0:
+        work(bytes([name]), sink)
+        os._exit(0)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+    alone = "work(sys.argv[1].encode(), StreamSink(sys.stdout))"
+    scripts = [(work + alone, name) for name in "abcd"] if start == "exec" else [(work + forks, "")]
+    reading, writing = os.pipe()
+    processes = [subprocess.Popen([sys.executable, "-c", *script], stdout=writing) for script in scripts]
+    os.close(writing)
+    with open(reading, "rb") as stream:
+        lines = stream.read().splitlines()
+    assert [process.wait(10) for process in processes] == [0] * len(processes)
+    assert len(lines) == 4 * 20 * 3
+    assert all(len(set(line)) == 1 for line in lines)
+
+
+def test_a_worker_that_is_stopped_with_the_lock_holds_nobody_beyond_the_deadline(pipe: tuple[int, StreamSink]) -> None:
+    reading, sink = pipe
+    fd = sink._stream.fileno()
+    script = (
+        "import fcntl, sys, time; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(fd)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[fd])
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"1\n"
+    assert sink.write([b"hello\n"], time.monotonic() + 0.05) == 1
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert os.read(reading, 100) == b"hello\n"
 
 
 def test_a_moved_file_is_opened_again(tmp_path: Path) -> None:

@@ -103,10 +103,12 @@ class Cache:
         self._values = Values(self)
         self._reported_at = time.monotonic()
         self._complained: set[tuple[str | None, str]] = set()
+        store.each_time(self._report_in_time)
 
     def use(self, store: Store) -> None:
         """Keep entries in another store from now on; those in the old one are left there."""
         self.store = self.invalidator.store = store
+        store.each_time(self._report_in_time)
 
     async def clear(self, *, tenant: str | None = None) -> None:
         """Drop every entry, in every worker that shares the store.
@@ -151,6 +153,12 @@ class Cache:
         """Give back what the store holds open, and tell those who share it what was counted here."""
         self._report()
         await self.store.aclose()
+
+    def _report_in_time(self) -> None:
+        now = time.monotonic()
+        if now - self._reported_at >= _REPORT_INTERVAL:
+            self._reported_at = now
+            self._report()
 
     def _report(self) -> None:
         if self.enabled and (counts := self.ledger.unreported()) and self.store.add(counts):
@@ -246,10 +254,7 @@ class Cache:
             exchange.bypass("store-unavailable")
         else:
             exchange.looked_up(turn, self.clock())
-            now = time.monotonic()
-            if now - self._reported_at >= _REPORT_INTERVAL:
-                self._reported_at = now
-                self._report()
+            self._report_in_time()
 
     def held(self, policy: Policy, key: str) -> Entry | None:
         """Return what answers a request now, if it is in this process; asks nobody."""
@@ -283,6 +288,8 @@ class Cache:
         Raises what that execution has raised, and `StoreUnavailable`.
         """
         await self.invalidator.catch_up()
+        if (near := self._near(key, fingerprint, route)) is not None:
+            return near
         until: float | None = None
         while True:
             turn = self._judged(await self.store.load(key, fingerprint))
@@ -301,6 +308,13 @@ class Cache:
                     raise error
                 case Landed.ALONE:
                     return turn
+
+    def _near(self, key: str, fingerprint: str, route: str | None) -> Turn | None:
+        """Return what answers, if it is in this process."""
+        entry, instant = self.store.held(key), self.store.seen()
+        if entry is None or instant is None or entry.fingerprint != fingerprint or self.is_off(route):
+            return None
+        return Turn(instant, State.FRESH, entry) if self.clock() - entry.created < entry.ttl else None
 
     def _judged(self, found: Found) -> Turn:
         entry, instant, versions = found

@@ -84,6 +84,10 @@ class Near:
         if since is not None and instant.epoch == since.epoch and instant.now >= since.now:
             self._entries.put(key, _Held(entry, instant.now), size_of(entry))
 
+    def drop(self, key: str) -> None:
+        """Forget an entry that there is another for by now."""
+        self._entries.pop(key)
+
     def get(self, key: str, now: float) -> Entry | None:
         """Return an entry, if nothing it read was written since.
 

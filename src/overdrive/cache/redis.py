@@ -222,6 +222,7 @@ class RedisStore:
         self._url = url
         self._prefix = prefix
         self._max_bytes = max_bytes
+        self.looked: Callable[[], None] = _nothing
         self._channel = f"{prefix}:writes"
         self._clock = f"{prefix}:clock"
         self._seen: Instant | None = None
@@ -290,6 +291,10 @@ class RedisStore:
         """Return the clock as it was in the last answer."""
         return self._seen
 
+    def each_time(self, call: Callable[[], None]) -> None:
+        """Have `call` called at each look for the clock that nobody has asked for."""
+        self.looked = call
+
     def saw(self, instant: Instant) -> None:
         """Take note of the clock in an answer that nobody has asked for."""
         self._seen = instant
@@ -302,9 +307,6 @@ class RedisStore:
 
     async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
-        entry = self.held(key)
-        if entry is not None and entry.fingerprint == fingerprint and self._seen is not None:
-            return Found(entry, self._seen, entry.versions)
         name = f"{self._prefix}:entry:{key}"
         return await self._found(key, fingerprint, name, await self._link().read((name, *self._tags_of(key))))
 
@@ -403,6 +405,8 @@ class RedisStore:
             self.refused_fills += 1
         else:
             self._remember(key, entry.versions)
+            if (near := self._link().near) is not None:
+                near.drop(key)
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
@@ -612,6 +616,7 @@ class Link:
         if self._connection is not None and self._listens:
             if not self._readers and not self._connection.late:
                 self._send_reads()
+            self._store.looked()
             self._looking = self._loop.call_later(_NEAR_RENEWAL, self._look)
 
     async def ask(self, *command: str | int | bytes, patient: bool = True) -> Any:
@@ -882,6 +887,10 @@ class _Connection(asyncio.Protocol):
             if not trip.patient:
                 # Who was told does not listen to the reply any more.
                 trip.deliver(StoreUnavailable(_LATE))
+
+
+def _nothing() -> None:
+    """Be told of what nobody wants to know."""
 
 
 def _settle(future: asyncio.Future[Any], reply: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -90,6 +90,9 @@ class Store(Protocol):
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
+
+    def each_time(self, call: Callable[[], None]) -> None:
+        """Have `call` called now and then, where look-ups may stay away since entries are in this process."""
 
     async def clear(self) -> None:
         """Begin a new epoch: no entry is valid any more."""
@@ -209,6 +212,9 @@ class MemoryStore:
             await self.clear()
         self._instant = Instant(self._instant.epoch, self._instant.now + 1)
         self._stamps.update(dict.fromkeys(tags, self._instant.now))
+
+    def each_time(self, call: Callable[[], None]) -> None:
+        """Nobody else is to be told of anything."""
 
     async def clear(self) -> None:
         """Begin a new epoch and forget every entry."""

@@ -7,17 +7,36 @@ import os
 import sys
 import threading
 import time
-from typing import TextIO
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TextIO
 
-from overdrive.context import bound, current
+from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
 
-from .event import encode, encode_notice, encode_text, safe_repr
+from .event import (
+    END,
+    encode,
+    encode_event,
+    encode_held,
+    encode_notice,
+    encode_plain,
+    encode_text,
+    line_end,
+    plain_size,
+    safe_repr,
+)
 from .queue import Stats, by_level, by_reason
+from .shape import Shape
+from .tail import Plain, Tail
 from .writer import Dropped, FileSink, StreamSink, Writer
 
 #: Seconds `flush` and `close` wait for a stalled sink.
 _TIMEOUT = 2.0
+
+
+#: What every record has; a record with more has an `extra`, or what another handler has left on it.
+_ATTRIBUTES = len(vars(logging.makeLogRecord({})))
 
 
 class _JsonLines(logging.Formatter):
@@ -39,7 +58,18 @@ class LogHandler(logging.Handler):
     max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
         the stream. An eighth of it is kept for ERROR and above.
 
-    Raises `ConfigurationError` where both `path` and `stream` are given.
+    tail: with `"errors"`, what a request logs below WARNING is held, in at most 64 KiB of its newest lines, and
+        written only if the request raised, was cancelled, was answered with a status of 500 or above, or was slow.
+        It takes the context that `Overdrive` gives each request; elsewhere lines are written at once.
+    slow: seconds from which a request counts as slow.
+    names: what fields are called instead, by their name here: `{"severity": "level", "trace_id": "trace.id"}`.
+    redact: names of fields whose value is not shown: of `extra`, of `bind`, and of dictionaries in these.
+    redact_patterns: regular expressions; what they match in any text of a line is not shown.
+
+    Raises `ConfigurationError` where both `path` and `stream` are given, and for options that say nothing.
+
+    `names`, `redact` and `redact_patterns` cost every line some microseconds more, on its caller. Lines logged in an
+    active span of OpenTelemetry carry its ids.
 
     A record is encoded where it is logged, so that its arguments are shown as they were. After `close`, which
     `logging.config` calls on the handlers it finds, records are written by their callers.
@@ -51,14 +81,27 @@ class LogHandler(logging.Handler):
         stream: TextIO | None = None,
         level: int | str = logging.NOTSET,
         max_bytes: int = 8 * 1024 * 1024,
+        tail: Literal["errors"] | None = None,
+        slow: float | None = None,
+        names: Mapping[str, str] | None = None,
+        redact: Collection[str] = (),
+        redact_patterns: Collection[str] = (),
     ) -> None:
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        if tail not in (None, "errors"):
+            raise ConfigurationError(f'LogHandler(tail={tail!r}): there is tail="errors", or none')
+        if slow is not None and tail is None:
+            raise ConfigurationError('LogHandler(slow=...) says which requests are kept: it goes with tail="errors"')
         super().__init__(level)
         self.formatter = _JSON_LINES
         sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
         self._writer = Writer(sink, max_bytes, self._notice)
         self._encoding = _Encoding()
+        self._tail = tail is not None
+        self._slow = slow
+        shape = Shape(names or {}, redact, redact_patterns)
+        self._shape = shape if shape else None
 
     @property
     def stats(self) -> Stats:
@@ -81,6 +124,8 @@ class LogHandler(logging.Handler):
         if self._encoding.active or self._writer.is_writing:
             self._writer.drop(record.levelno, "recursion")
             return
+        if self._is_prepared() and self._put_simple(record):
+            return
         self._encoding.active = True
         try:
             line = self._line(record)
@@ -89,7 +134,38 @@ class LogHandler(logging.Handler):
             return
         finally:
             self._encoding.active = False
-        self._writer.put(record.levelno, line)
+        context = current()
+        if context is not None and self._holds(record.levelno, context):
+            self._tail_of(context).hold(record.levelno, line, len(line))
+        else:
+            self._writer.put(record.levelno, line)
+
+    def put_plain(self, name: str, level: int, message: object, args: object) -> bool:
+        """Write the line that a record of these would get, if it is a simple one; return whether it is.
+
+        For loggers that would make the record for this handler alone.
+        """
+        if not self._is_prepared() or self.filters or self._writer.is_writing:
+            return False
+        context = current()
+        if self._tail and context is not None and self._hold_plain(context, None, name, level, message, args):
+            return True
+        now = time.time_ns() // 1000
+        return self._put_plain(context, now, name, level, logging.getLevelName(level), message, args)
+
+    def put_event(self, name: str, context: RequestContext) -> bool:
+        """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
+        if not self._is_prepared() or self.filters or self._writer.is_writing:
+            return False
+        line = encode_event(time.time_ns() // 1000, name, context)
+        if line is None:
+            return False
+        self._writer.put(logging.INFO, line)
+        return True
+
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        self._writer.sample(levels)
 
     def flush(self) -> None:
         """Wait until what was logged so far is written, at most 2 seconds."""
@@ -108,20 +184,97 @@ class LogHandler(logging.Handler):
         """
         self._writer.reopen()
 
-    def _line(self, record: logging.LogRecord) -> bytes:
-        if self.formatter is None or self.formatter is _JSON_LINES:
-            return encode(record, current(), bound())
+    def _put_simple(self, record: logging.LogRecord) -> bool:
+        """Write a record that is as its logger has made it, if it is one of texts and numbers."""
         try:
-            return encode_text(self.formatter.format(record))
-        except Exception as error:
-            return encode(record, current(), {**bound(), "formatter_error": safe_repr(error)})
+            if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
+                return False
+            created = round(record.created * 1_000_000)
+            name, level, message, args = record.name, record.levelno, record.msg, record.args
+            context = current()
+            if self._tail and context is not None and self._hold_plain(context, created, name, level, message, args):
+                return True
+            return self._put_plain(context, created, name, level, record.levelname, message, args)
+        except Exception:  # it is not what it should be
+            return False
+
+    def _hold_plain(
+        self, context: RequestContext, created: int | None, name: str, level: int, message: Any, args: Any
+    ) -> bool:
+        tails = context.tails
+        if level >= logging.WARNING or tails is None or (size := plain_size(message, args)) is None:
+            return False
+        if (end := context.log_end or line_end(context)) is None:
+            return False
+        tail = tails.get(self) or self._tail_of(context)
+        tail.hold(level, (created or time.time_ns() // 1000, name, message, args, end), size)
+        return True
+
+    def _put_plain(
+        self,
+        context: RequestContext | None,
+        created: int,
+        name: str,
+        level: int,
+        level_name: str,
+        message: object,
+        args: object,
+    ) -> bool:
+        if self._tail and context is not None and self._holds(level, context):
+            return False  # it is not plain
+        end = (None if bound() else END) if context is None else context.log_end or line_end(context)
+        if end is None or (line := encode_plain(created, name, level_name, message, args, end)) is None:
+            return False
+        self._writer.put(level, line)
+        return True
+
+    def _holds(self, level: int, context: RequestContext) -> bool:
+        return self._tail and level < logging.WARNING and context.tails is not None
+
+    def _tail_of(self, context: RequestContext) -> Tail:
+        tails = context.tails
+        tail: Tail | None = tails.get(self) if tails is not None else None
+        if tail is None:
+            tail = Tail(self._slow, self._keep, self._writer.sample, self._writer.lose)
+            if tails is not None:
+                tails[self] = tail
+            if context.tails is None:  # it has just ended
+                tail.end(context)
+        return tail
+
+    def _keep(self, level: int, line: Plain | bytes) -> None:
+        self._writer.put(level, line if isinstance(line, bytes) else encode_held(level, line))
+
+    def _is_prepared(self) -> bool:
+        """Say whether lines may be joined from prepared parts: JSON as it is here, and no span to look up."""
+        return self.formatter is _JSON_LINES and self._shape is None and _span() is None
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        fields = bound()
+        if self.formatter is not None and self.formatter is not _JSON_LINES:
+            try:
+                text = self.formatter.format(record)
+                return encode_text(self._shape.text(text) if self._shape else text)
+            except Exception as error:
+                fields = {**fields, "formatter_error": safe_repr(error)}
+        line = encode(record, current(), fields, _span())
+        return self._shape.line(line) if self._shape else line
 
     def _notice(self, dropped: Dropped) -> bytes:
         levels = by_level(dropped)
         if self.formatter in (_JSON_LINES, None):
-            return encode_notice(time.time(), levels, by_reason(dropped))
+            line = encode_notice(time.time(), levels, by_reason(dropped))
+            return self._shape.line(line) if self._shape else line
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
+
+
+def _span() -> dict[str, str] | None:
+    """Return the ids of the active span, where anybody traces: https://opentelemetry.io/docs/specs/otel/logs/."""
+    if "opentelemetry.sdk.trace" not in sys.modules:  # the interface alone, which FastAPI imports, starts no span
+        return None
+    span = sys.modules["opentelemetry.trace"].get_current_span().get_span_context()
+    return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"} if span.is_valid else None
 
 
 class _Encoding(threading.local):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 #: Why a line was not written: the buffer was `full`, the `sink` failed, it was logged while another one was
-#: encoded or written (`recursion`), or its record could not be turned into a line at all (`encoding`).
-Reason = Literal["full", "sink", "recursion", "encoding"]
+#: encoded or written (`recursion`), its record could not be turned into a line at all (`encoding`), or it had to make
+#: room for later ones of its request (`tail`).
+Reason = Literal["full", "sink", "recursion", "encoding", "tail"]
 
 #: A level number, and the bytes.
 Line = tuple[int, bytes]
@@ -19,19 +20,24 @@ Line = tuple[int, bytes]
 #: Bytes a line takes besides its text: two objects' headers and a slot. Short lines are bounded by them.
 _OVERHEAD = 128
 #: Bytes from which the writer is not left to its tick.
-_EARLY = 32 * 1024
+_EARLY = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What became of the lines of this process: `emitted == written + sum(dropped.values()) + pending`.
+    """What became of the lines of this process.
 
+    `emitted == written + sum(sampled.values()) + sum(dropped.values()) + pending`; a line that is held until its
+    request has ended is emitted then.
+
+    sampled: lines by level name that were let go on purpose.
     dropped: lines by level name.
     pending: lines that are buffered or being written.
     """
 
     emitted: int
     written: int
+    sampled: dict[str, int]
     dropped: dict[str, int]
     pending: int
 
@@ -41,8 +47,12 @@ class Buffer:
 
     max_bytes: memory the lines may take, those being written included. The last eighth is for ERROR and up.
 
-    The lock is reentrant, for a signal handler that logs, and is held for no more than a few statements;
+    Producers share a deque, whose operations are atomic, and no lock: that is for the counts of what is taken and
+    dropped. It is reentrant, for a signal handler that logs, and is held for no more than a few statements;
     `reset` makes a new one in a forked child, where a thread that no longer exists may have held it.
+
+    The ledger is exact, as it counts what is in the deque. The size is as exact as `+=` between threads: what an
+    interrupted one has missed is forgotten when the buffer is next empty.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -55,53 +65,76 @@ class Buffer:
         self._lock = threading.RLock()
         self._lines: deque[Line] = deque()
         self._size = 0
-        self._emitted = 0
-        self._written = 0
-        self._dropped: defaultdict[tuple[Reason, int], int] = defaultdict(int)
-        #: Lines that were ever appended, and those of them that are written or dropped. Both go up in order.
-        self.accepted = 0
+        #: Lines that were ever taken, what those take that are being written, and lines that are written or dropped.
+        self._taken = 0
+        self._taken_size = 0
         self.settled = 0
+        self._written = 0
+        self._sampled: Counter[int] = Counter()
+        self._dropped: defaultdict[tuple[Reason, int], int] = defaultdict(int)
+        #: Whether the writer waits for a line, and must be woken by the first.
+        self.idle = True
         #: Whether what is buffered should be written without waiting for the tick.
         self.urgent = False
+
+    @property
+    def accepted(self) -> int:
+        """Lines that were ever appended."""
+        with self._lock:
+            return self._taken + len(self._lines)
 
     def put(self, level: int, line: bytes) -> bool:
         """Append `line`, or drop it where there is no room. Return whether the writer must be woken."""
         cost = len(line) + _OVERHEAD
-        limit = self._limit if level >= logging.ERROR else self._limit_below_error
-        with self._lock:
-            self._emitted += 1
-            first = not self._lines
-            if self._size + cost > limit:
-                self._dropped["full", level] += 1
-                return first
-            self._size += cost
-            self.accepted += 1
-            hurry = not self.urgent and (level >= logging.ERROR or self._size >= _EARLY)
-            self.urgent = self.urgent or hurry
+        size = self._size + cost
+        if size > self._limit_below_error and (level < logging.ERROR or size > self._limit):
+            self.drop(level, "full")
+        else:
+            self._size = size
             self._lines.append((level, line))
-        return first or hurry
+            if (size >= _EARLY or level >= logging.ERROR) and not self.urgent:
+                self.urgent = True
+                return True
+        if self.idle:
+            self.idle = False
+            return True
+        return False
 
-    def drop(self, level: int, reason: Reason) -> None:
-        """Count a line that never became one."""
+    def rest(self) -> bool:
+        """Have the next line wake the writer, unless lines came that did not; return whether there are none."""
+        self.idle = True
+        self.idle = not self._lines
+        return self.idle
+
+    def drop(self, level: int, reason: Reason, count: int = 1) -> None:
+        """Count lines that never became any."""
         with self._lock:
-            self._emitted += 1
-            self._dropped[reason, level] += 1
+            self._dropped[reason, level] += count
+
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        with self._lock:
+            self._sampled += levels
 
     def take(self, max_bytes: int) -> list[Line]:
         """Remove and return the oldest lines, up to the one that reaches `max_bytes`. Settle them after."""
         batch: list[Line] = []
-        size = 0
+        lines, size = self._lines, 0
         with self._lock:
             self.urgent = False
-            while self._lines and size < max_bytes:
-                batch.append(self._lines.popleft())
-                size += len(batch[-1][1])
+            while lines and size < max_bytes:
+                line = lines.popleft()
+                batch.append(line)
+                size += len(line[1])
+            self._taken += len(batch)
+            self._taken_size = size + len(batch) * _OVERHEAD
         return batch
 
     def settle(self, batch: Sequence[Line], written: int) -> None:
         """Count the first `written` lines of `batch` as written, and the others as dropped by the sink."""
         with self._lock:
-            self._size -= sum(len(line) + _OVERHEAD for _, line in batch)
+            self._size = self._size - self._taken_size if self._lines else 0
+            self._taken_size = 0
             self._written += written
             for level, _ in batch[written:]:
                 self._dropped["sink", level] += 1
@@ -117,11 +150,14 @@ class Buffer:
     def stats(self) -> Stats:
         """The ledger, all of it read at one moment."""
         with self._lock:
+            accepted = self._taken + len(self._lines)
+            refused = sum(count for (reason, _), count in self._dropped.items() if reason != "sink")
             return Stats(
-                emitted=self._emitted,
+                emitted=accepted + refused + self._sampled.total(),
                 written=self._written,
+                sampled={logging.getLevelName(level): count for level, count in self._sampled.items()},
                 dropped=by_level(Counter(self._dropped)),
-                pending=self.accepted - self.settled,
+                pending=accepted - self.settled,
             )
 
 

@@ -6,6 +6,7 @@ The thread never logs and takes no lock but the ones of this package, so that wh
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
@@ -15,8 +16,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from time import monotonic
+from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 from typing import Protocol, TextIO
 
 from .queue import Buffer, Line, Reason, Stats
@@ -85,7 +86,7 @@ class Writer:
     @property
     def is_writing(self) -> bool:
         """Whether this thread is in the middle of writing, so that what it logs would never end."""
-        return threading.get_ident() == self._writing
+        return self._writing is not None and self._writing == threading.get_ident()
 
     def put(self, level: int, line: bytes) -> None:
         """Have `line` written soon; once closed, write it before returning, if the sink takes it in time."""
@@ -93,7 +94,7 @@ class Writer:
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
             return
-        if self._start.acquire(blocking=False):
+        if self._thread is None and self._start.acquire(blocking=False):
             self._start_thread()
         if wake:
             self._bell.ring()
@@ -101,6 +102,15 @@ class Writer:
     def drop(self, level: int, reason: Reason) -> None:
         """Count a line that never became one."""
         self._buffer.drop(level, reason)
+
+    def sample(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that were let go on purpose."""
+        self._buffer.sample(levels)
+
+    def lose(self, levels: Counter[int]) -> None:
+        """Count lines, by level number, that had to make room for later ones of their request."""
+        for level, count in levels.items():
+            self._buffer.drop(level, "tail", count)
 
     def flush(self, timeout: float) -> bool:
         """Wait until every line emitted before has been written, or counted as dropped.
@@ -142,6 +152,8 @@ class Writer:
         if self._closed and (self._thread is None or not self._thread.is_alive()):
             self._thread = None
             self._start = threading.Lock()
+            if not self._buffer.rest():
+                self._bell.ring()
             self._closed = False
 
     def _start_thread(self) -> None:
@@ -167,6 +179,8 @@ class Writer:
             self._drain(_NEVER)
             if closing:
                 return
+            if not self._buffer.rest():
+                self._bell.ring()
 
     def _drain(self, deadline: float) -> None:
         """Write everything buffered, unless another thread is at it until `deadline`: then that one will."""
@@ -272,14 +286,22 @@ class StreamSink:
 
 
 class _Descriptor:
-    """Whole lines on a raw descriptor, in one write; on a pipe in writes that others' cannot interrupt."""
+    """Whole lines on a raw descriptor, in one write; on a pipe in writes that others' cannot interrupt.
+
+    What is longer than `PIPE_BUF` takes several (POSIX, write): on a pipe, processes write one after the other.
+    """
 
     def __init__(self) -> None:
         self._torn = False
 
     def write(self, fd: int, lines: Sequence[bytes], deadline: float) -> int:
         """Return how many of `lines` were written whole."""
-        step = select.PIPE_BUF if stat.S_ISFIFO(os.fstat(fd).st_mode) else sys.maxsize
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            return self._write(fd, lines, sys.maxsize, deadline)
+        with _alone(fd, deadline):
+            return self._write(fd, lines, select.PIPE_BUF, deadline)
+
+    def _write(self, fd: int, lines: Sequence[bytes], step: int, deadline: float) -> int:
         if self._torn:
             self._torn = _send(fd, b"\n", step, deadline) == 0
         written = 0
@@ -290,6 +312,34 @@ class _Descriptor:
                 self._torn = self._torn or (sent > 0 and not chunk.endswith(b"\n", 0, sent))
                 break
         return written
+
+
+@contextmanager
+def _alone(fd: int, deadline: float) -> Iterator[None]:
+    """Keep other processes that ask for it from writing to `fd`; not beyond `deadline`, for which lines are late."""
+    # A record lock belongs to its process; one of flock() would be shared by workers that inherited the descriptor.
+    with suppress(OSError):  # where a pipe cannot be locked, short lines are whole in any case
+        if deadline == _NEVER:
+            fcntl.lockf(fd, fcntl.LOCK_EX)
+        else:
+            _lock_until(fd, deadline)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.lockf(fd, fcntl.LOCK_UN)
+
+
+def _lock_until(fd: int, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() >= deadline:
+                return
+            sleep(0.001)
+        else:
+            return
 
 
 def _chunks(lines: Sequence[bytes], size: int) -> Iterator[bytes]:
