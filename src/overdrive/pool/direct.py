@@ -17,6 +17,7 @@ from sqlalchemy.types import TypeEngine
 from sqlalchemy.util import greenlet_spawn
 
 from .observe import Observation, observation_of, returns_without_waiting
+from .pool import FairPool
 from .statement import Facts, facts_of
 
 Processor = Callable[[Any], Any]
@@ -98,7 +99,10 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     for name, bind, process in statement.parameters:
         value = parameters.get(name, bind.effective_value)
         values.append(value if process is None else process(value))
-    pooled: PoolProxiedConnection = await greenlet_spawn(_take, engine)
+    pool = engine.pool
+    pooled = pool.take_nowait() if isinstance(pool, FairPool) else None
+    if pooled is None:
+        pooled = await greenlet_spawn(_take, engine)
     try:
         rows = await _fetch(pooled, engine, observation, statement, values)
     finally:
