@@ -16,6 +16,13 @@ TIMEOUT = 5.0
 PICK = st.integers(0, 30)
 
 
+class Caller(Waiter):
+    woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
 class Pools(RuleBasedStateMachine):
     """Callers that ask, wait, give up, connect and fail, in any order; a second is the unit of all times."""
 
@@ -23,9 +30,8 @@ class Pools(RuleBasedStateMachine):
     def make(self, size: int, overflow: int, max_waiting: int) -> None:
         self.fair = Fair(size, overflow, linger=2, max_waiting=max_waiting)
         self.now = 0.0
-        #: In the order in which they came, with how often each was woken.
-        self.queue: list[Waiter] = []
-        self.woken: dict[Waiter, int] = {}
+        #: In the order in which they came.
+        self.queue: list[Caller] = []
         self.held: list[Pooled] = []
         self.connecting = 0
         self.closing = 0
@@ -40,13 +46,9 @@ class Pools(RuleBasedStateMachine):
             assert isinstance(something, Refusal)
 
     def wait(self, *, first: bool) -> None:
-        waiter = Waiter(self.now + TIMEOUT, lambda: None)
-        self.woken[waiter] = 0
-
-        def wake() -> None:
-            self.woken[waiter] += 1
-
-        waiter.wake = wake
+        # Whoever has been given something of no use asked before all who wait.
+        others = [each.deadline for each in self.fair.waiters] if first else []
+        waiter = Caller(min([self.now + TIMEOUT, *others]))
         self.queue.insert(0 if first else len(self.queue), waiter)
         refusal = self.fair.wait(waiter, self.now, first=first)
         if refusal is not None:
@@ -111,7 +113,7 @@ class Pools(RuleBasedStateMachine):
         waiter = self.queue.pop(pick % len(self.queue))
         answered = waiter.answer is not None
         self.fair.leave(waiter, self.now)
-        assert self.woken.pop(waiter) == answered
+        assert waiter.woken == answered
 
     @rule(seconds=st.sampled_from((0.01, 0.1, 1.0, 3.0)))
     def pass_time(self, seconds: float) -> None:
@@ -128,7 +130,7 @@ class Pools(RuleBasedStateMachine):
     @rule()
     def return_from_waiting(self) -> None:
         waiter = next(waiter for waiter in self.queue if waiter.answer is not None)
-        assert self.woken.pop(waiter) == 1
+        assert waiter.woken == 1
         self.queue.remove(waiter)
         self.take(waiter.answer)
 
@@ -177,7 +179,7 @@ def pool(size: int = 1, overflow: int = 0) -> Fair:
 
 def waiting(fair: Fair, deadline: float = 100.0) -> Waiter:
     assert fair.ask(0) is None
-    waiter = Waiter(deadline, lambda: None)
+    waiter = Waiter(deadline)
     assert fair.wait(waiter, 0) is None
     return waiter
 
@@ -235,7 +237,7 @@ def test_a_database_that_stays_away_is_not_waited_for() -> None:
     assert isinstance(queued.answer, Refusal)
     assert "refused 2 connections" in queued.answer.reason
     assert fair.ask(1.5) is None
-    assert isinstance(fair.wait(Waiter(9, lambda: None), 1.5), Refusal)
+    assert isinstance(fair.wait(Waiter(9), 1.5), Refusal)
     # Whoever comes when the next attempt is due makes it.
     assert isinstance(fair.ask(2), Place)
 
@@ -257,10 +259,10 @@ def test_a_full_queue_refuses_the_next_but_not_who_was_there_before() -> None:
     fair = Fair(1, 0, linger=2, max_waiting=1)
     opened(fair)
     waiting(fair)
-    refusal = fair.wait(Waiter(9, lambda: None), 0)
+    refusal = fair.wait(Waiter(9), 0)
     assert refusal is not None
     assert "all 1 connections of the pool are taken (1 in use" in refusal.reason
-    assert fair.wait(again := Waiter(9, lambda: None), 0, first=True) is None
+    assert fair.wait(again := Waiter(9), 0, first=True) is None
     assert next(iter(fair.waiters)) is again
 
 

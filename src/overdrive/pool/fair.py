@@ -9,7 +9,6 @@ newcomers pass).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -60,15 +59,16 @@ class Waiter:
     """Somebody in the queue.
 
     deadline: when it gives up; later for everybody who asks later.
-    wake: called once, when `answer` is set.
     """
 
-    __slots__ = ("answer", "deadline", "wake")
+    __slots__ = ("answer", "deadline")
 
-    def __init__(self, deadline: float, wake: Callable[[], None]) -> None:
+    def __init__(self, deadline: float) -> None:
         self.deadline = deadline
-        self.wake = wake
         self.answer: Answer | None = None
+
+    def wake(self) -> None:
+        """Be told, once, that there is an answer."""
 
 
 class Fair:

@@ -8,7 +8,6 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 
 from overdrive.errors import ConfigurationError, OverloadedError
 
-from .closing import abandon, close, has_loop
+from .closing import abandon, close, has_loop, watch
 from .fair import Fair, Place, Pooled, Refusal, Waiter
 from .holders import Holders
 from .tasks import start
@@ -75,6 +74,58 @@ class PoolStatistics:
     wait_time: float
     created: int
     failures: int
+
+
+class _InLoop(Waiter):
+    """A greenlet that waits."""
+
+    __slots__ = ("_loop", "_woken")
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__(deadline)
+        self._loop = asyncio.get_running_loop()
+        self._woken: asyncio.Future[None] = self._loop.create_future()
+
+    def wake(self) -> None:
+        """Let it go on."""
+        # Garbage of this loop may be collected in any thread.
+        if asyncio._get_running_loop() is self._loop:
+            self._go_on()
+        else:
+            self._loop.call_soon_threadsafe(self._go_on)
+
+    def _go_on(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
+
+    def block(self) -> None:
+        """Wait for an answer."""
+        if self.answer is None:
+            await_only(self._woken)
+
+
+class _InThread(Waiter):
+    """A thread that waits, and does what is due meanwhile."""
+
+    __slots__ = ("_pool", "_woken")
+
+    def __init__(self, deadline: float, pool: FairPool) -> None:
+        super().__init__(deadline)
+        self._pool = pool
+        self._woken = threading.Event()
+
+    def wake(self) -> None:
+        """Let it go on, or look again at what is due."""
+        self._woken.set()
+
+    def block(self) -> None:
+        """Wait for an answer."""
+        while self.answer is None:
+            due = self._pool._fair.due()
+            until = self.deadline if due is None else min(due, self.deadline)
+            self._woken.wait(max(0.0, until - time.monotonic()))
+            self._woken.clear()
+            self._pool._tick()
 
 
 class FairPool(Pool):
@@ -207,7 +258,7 @@ class FairPool(Pool):
         None where it would: with no idle connection, with one that is to be validated, or with a listener.
         """
         idle = self._fair.idle
-        if not idle or self.dispatch.checkout or self._pre_ping or not self._is_at_home():
+        if not idle or self.dispatch.checkout or self._pre_ping or asyncio.get_running_loop() is not self._loop:
             return None
         latest, now = idle[-1], time.monotonic()
         if self._fair.waiters or self._is_over(latest, now) or self._is_doubtful(latest, now):
@@ -215,7 +266,7 @@ class FairPool(Pool):
         return self.connect()
 
     def _do_get(self) -> ConnectionPoolEntry:
-        if not self._is_at_home():
+        if self._dialect.is_async and asyncio.get_running_loop() is not self._loop:
             self._move_in()
         now = time.monotonic()
         with self._lock:
@@ -251,20 +302,22 @@ class FairPool(Pool):
 
     def _wait(self, deadline: float, *, first: bool) -> Pooled | Place:
         asked = time.monotonic()
-        block, wake = self._in_loop() if self._is_asyncio else self._in_thread()
-        waiter = Waiter(deadline, wake)
+        waiter = _InLoop(deadline) if self._dialect.is_async else _InThread(deadline, self)
         with self._lock:
             answer: Any = self._fair.wait(waiter, asked, first=first)
         if answer is None:
             try:
-                self._note_due()
-                block(waiter)
+                if deadline < self._tick_at or not self._tick_at or self._fair.backs_off:
+                    self._note_due()
+                waiter.block()
             except BaseException:
                 with self._lock:
                     self._fair.leave(waiter, time.monotonic())
                 raise
             finally:
-                self._note_due()
+                # Whoever waits longest now may have to try next.
+                if self._fair.backs_off:
+                    self._note_due()
             self._waits += 1
             self._wait_time += time.monotonic() - asked
             answer = waiter.answer
@@ -277,45 +330,10 @@ class FairPool(Pool):
         failure = f"; the last connection failed: {self._last_failure}" if self._fair.failures else ""
         return f"no connection to the database: {refusal.reason} (pool_timeout {self._timeout:g} s){failure}"
 
-    def _in_loop(self) -> tuple[Callable[[Waiter], None], Callable[[], None]]:
-        loop = asyncio.get_running_loop()
-        woken: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not woken.done():
-                woken.set_result(None)
-
-        def wake_from_anywhere() -> None:
-            # Garbage of this loop may be collected in any thread.
-            if asyncio._get_running_loop() is loop:
-                wake()
-            else:
-                loop.call_soon_threadsafe(wake)
-
-        def block(waiter: Waiter) -> None:
-            if waiter.answer is None:
-                await_only(woken)
-
-        return block, wake_from_anywhere
-
-    def _in_thread(self) -> tuple[Callable[[Waiter], None], Callable[[], None]]:
-        woken = threading.Event()
-
-        def block(waiter: Waiter) -> None:
-            while waiter.answer is None:
-                with self._lock:
-                    due = self._fair.due()
-                until = waiter.deadline if due is None else min(due, waiter.deadline)
-                woken.wait(max(0.0, until - time.monotonic()))
-                woken.clear()
-                self._tick()
-
-        return block, woken.set
-
     # Opening
 
     def _open(self, deadline: float) -> Pooled:
-        if not self._is_asyncio:
+        if not self._dialect.is_async:
             return self._connect()
         # In a task of its own: what is half open when its caller is cancelled would be nobody's, and still a backend.
         task = start(greenlet_spawn(self._connect))
@@ -335,6 +353,8 @@ class FairPool(Pool):
     def _connect(self) -> Pooled:
         try:
             record: Any = self._create_connection()
+            if self._dialect.is_async:
+                watch(self._dialect, record.dbapi_connection)  # type: ignore[arg-type]
         except BaseException as error:
             with self._lock:
                 if isinstance(error, Exception):
@@ -370,7 +390,7 @@ class FairPool(Pool):
     def _answers(self, pooled: Pooled) -> bool:
         record = pooled.resource
         try:
-            if self._is_asyncio:
+            if self._dialect.is_async:
                 ping = greenlet_spawn(self._dialect._do_ping_w_event, record.dbapi_connection)
                 alive = bool(await_only(asyncio.wait_for(ping, _PING_TIMEOUT)))
             else:
@@ -411,7 +431,7 @@ class FairPool(Pool):
                 pooled.home.free(time.monotonic())
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
-        if not self._is_asyncio:
+        if not self._dialect.is_async:
             super()._close_connection(connection, terminate=terminate)
         elif not has_loop():
             abandon(self._dialect, connection)  # type: ignore[arg-type]
@@ -436,7 +456,7 @@ class FairPool(Pool):
         now = time.monotonic()
         with self._lock:
             due = self._fair.due()
-            if not self._is_asyncio:
+            if not self._dialect.is_async:
                 if due is not None and self._fair.backs_off:
                     next(iter(self._fair.waiters)).wake()
                 if now >= self._tick_at:
@@ -459,7 +479,7 @@ class FairPool(Pool):
             self._discard(pooled)
         if self._holders is not None:
             self._holders.name_leaks(now)
-        if not self._is_asyncio:
+        if not self._dialect.is_async:
             self._tick_at = now + _TICK
         elif self._timer is not None:
             self._timer, self._tick_at = None, 0.0
@@ -467,9 +487,6 @@ class FairPool(Pool):
                 self._note_due()
 
     # Life
-
-    def _is_at_home(self) -> bool:
-        return not self._is_asyncio or asyncio.get_running_loop() is self._loop
 
     def _move_in(self) -> None:
         """Begin on this event loop; the connections of one that has closed, a test's say, went with it."""
