@@ -37,7 +37,7 @@ def database(postgres_url: str) -> Any:
 
 @pytest.fixture
 async def engine(postgres_url: str, database: Engine) -> AsyncIterator[AsyncEngine]:
-    engine = create_engine(postgres_url, pool_size=1, max_overflow=1, pool_timeout=0.2)
+    engine = create_engine(postgres_url, pool_size=1, max_overflow=1, pool_timeout=1)
     observe(engine.sync_engine, "default")
     yield engine
     await engine.dispose()

@@ -116,6 +116,10 @@ class Pools(RuleBasedStateMachine):
         assert waiter.woken == answered
 
     @rule(seconds=st.sampled_from((0.01, 0.1, 1.0, 3.0)))
+    def pass_time_unnoticed(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(seconds=st.sampled_from((0.01, 0.1, 1.0, 3.0)))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         for unneeded in self.fair.tick(self.now):
@@ -274,3 +278,16 @@ def test_what_is_beyond_the_size_lingers_and_all_ends_with_its_lifetime(after: f
     for _ in fair.tick(after):
         fair.free(after)
     assert len(fair.idle) == fair.taken == left
+
+
+def test_a_newcomer_does_not_try_before_who_waits_for_the_next_attempt() -> None:
+    fair = pool(3)
+    opened(fair)
+    assert isinstance(fair.ask(0), Place)
+    fair.failed(0, 1)
+    assert isinstance(fair.ask(0), Place)
+    queued = waiting(fair)
+    fair.failed(0, 1)
+    assert fair.ask(1) is None
+    fair.tick(1)
+    assert isinstance(queued.answer, Place)

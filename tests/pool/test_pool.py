@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +22,7 @@ from support import call, eventually, outside
 
 from overdrive import FairPool, Overdrive, PoolTimeoutError, SessionDep, Settings
 from overdrive.errors import ConfigurationError
+from overdrive.pool.closing import close
 
 pytestmark = pytest.mark.anyio
 
@@ -78,8 +80,9 @@ async def test_who_is_handed_a_connection_while_it_is_cancelled_gives_it_on(url:
     held = await engine.connect()
     first, second = asyncio.create_task(one(engine)), asyncio.create_task(one(engine))
     await eventually(lambda: pool_of(engine).statistics.pending_requests == 2)
+    await held.close()
     # Given to the first, which is cancelled before it can go on.
-    await asyncio.create_task(held.close())
+    assert pool_of(engine).statistics.pending_requests == 1
     first.cancel()
     assert await second == 1
     with pytest.raises(asyncio.CancelledError):
@@ -88,9 +91,32 @@ async def test_who_is_handed_a_connection_while_it_is_cancelled_gives_it_on(url:
     await engine.dispose()
 
 
+async def test_a_place_is_free_when_its_backend_is_gone_and_not_before(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = asyncio.Event()
+
+    async def close_slowly(*connection: Any) -> None:
+        await gone.wait()
+        await close(*connection)
+
+    monkeypatch.setattr("overdrive.pool.pool.close", close_slowly)
+    engine = make(url, pool_size=1, max_overflow=0)
+    async with engine.connect() as connection:
+        await connection.invalidate()
+    waiting = asyncio.create_task(one(engine))
+    pool = pool_of(engine)
+    await eventually(lambda: pool.statistics.pending_requests == 1)
+    assert (pool.statistics.closing, pool.statistics.connecting) == (1, 0)
+    gone.set()
+    assert await waiting == 1
+    await engine.dispose()
+
+
 async def test_the_queue_ends(url: str) -> None:
-    engine = make(url, pool_size=1, max_overflow=0, max_waiting=1, pool_timeout=0.1)
+    engine = make(url, pool_size=1, max_overflow=0, max_waiting=1)
     async with engine.connect():
+        pool_of(engine)._timeout = 0.1
         waiting = asyncio.create_task(one(engine))
         await eventually(lambda: pool_of(engine).statistics.pending_requests == 1)
         with pytest.raises(PoolTimeoutError, match="1 are waiting for one already"):
@@ -104,7 +130,7 @@ async def test_the_queue_ends(url: str) -> None:
 
 async def test_nobody_handles_it_and_the_client_is_told_when_to_come_again(sqlite_url: str) -> None:
     app = FastAPI()
-    settings = Settings(database_url=sqlite_url, pool={"size": 1, "max_overflow": 0, "timeout": 0.1})  # type: ignore[arg-type]
+    settings = Settings(database_url=sqlite_url, pool={"size": 1, "max_overflow": 0})  # type: ignore[arg-type]
     overdrive = Overdrive(app, settings=settings)
 
     @app.get("/")
@@ -112,6 +138,7 @@ async def test_nobody_handles_it_and_the_client_is_told_when_to_come_again(sqlit
         await db.execute(select(1))
 
     async with overdrive.engine.connect():
+        pool_of(overdrive.engine)._timeout = 0.1
         answer = await call(app, "/")
     assert (answer.status, answer.headers["retry-after"]) == (503, "1")
     assert b"pool_timeout" in answer.body
@@ -216,8 +243,8 @@ async def test_what_is_open_when_its_caller_is_cancelled_is_kept(server_url: str
     engine = make(server_url)
     pool = pool_of(engine)
     caller = asyncio.create_task(one(engine))
-    while not pool.statistics.connecting:
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert pool.statistics.connecting == 1
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
@@ -432,7 +459,8 @@ def test_threads_are_served_in_turn(threaded: Engine) -> None:
 
 def test_a_thread_waits_no_longer_than_it_may(sqlite_url: str) -> None:
     url = sqlite_url.replace("+aiosqlite", "")
-    engine = sqlalchemy.create_engine(url, poolclass=FairPool, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    engine = sqlalchemy.create_engine(url, poolclass=FairPool, pool_size=1, max_overflow=0)
+    pool_of(engine)._timeout = 0.1
     with engine.connect(), pytest.raises(exc.TimeoutError, match="none came back in time"):
         one_in_thread(engine)
     assert one_in_thread(engine) == 1
@@ -465,3 +493,27 @@ def test_threads_try_again_one_at_a_time_until_the_database_is_back(postgres_dat
         assert 0 < sum(answers) <= 4
     assert pool_of(engine).statistics.timeouts == 0
     engine.dispose()
+
+
+def test_a_forked_process_has_connections_of_its_own(threaded: Engine) -> None:
+    assert one_in_thread(threaded) == 1
+    child = os.fork()
+    if not child:
+        seen = pool_of(threaded).statistics
+        fresh = seen.idle == 0 and one_in_thread(threaded) == 1
+        os._exit(0 if fresh else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    # Had the child closed it, the server would have gone.
+    assert one_in_thread(threaded) == 1
+    assert pool_of(threaded).statistics.created == 1
+
+
+def test_settings_reach_the_pool() -> None:
+    settings = Settings(
+        database_url="postgresql://h/d",
+        pool={"max_waiting": 7, "linger": 3, "validate_after": 4, "leak_after": 5},  # type: ignore[arg-type]
+    )
+    overdrive = Overdrive(FastAPI(), settings=settings)
+    for pool in (pool_of(overdrive.engine), pool_of(overdrive.sync_sessions().engine)):
+        assert (pool._fair.max_waiting, pool._fair.linger, pool._validate_after) == (7, 3, 4)
+        assert pool._options["leak_after"] == 5

@@ -31,6 +31,8 @@ _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite":
 _BUSY_TIMEOUT = 30_000
 #: Statements of SQLite that end, begin or cannot be in a transaction.
 _OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
+#: What only a `FairPool` takes; a database in memory has one connection and no pool.
+_FAIR = ("max_waiting", "linger", "validate_after", "leak_after")
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -43,14 +45,14 @@ def create_engine(
     pool_recycle: int = 1800,
     **options: Any,
 ) -> AsyncEngine:
-    """Create an async engine with a bounded pool.
+    """Create an async engine with a `FairPool`.
 
     url: the database; `postgresql://` and `sqlite://` get their async driver.
     pool_size: connections kept open.
-    max_overflow: connections opened beyond `pool_size`, closed when returned.
+    max_overflow: connections opened beyond `pool_size` under load.
     pool_timeout: seconds a checkout waits before it fails.
-    pool_recycle: seconds after which a connection is replaced at its next checkout; -1 never.
-    options: whatever else `sqlalchemy.ext.asyncio.create_async_engine` takes.
+    pool_recycle: seconds after which a connection is replaced, less up to a tenth; -1 never.
+    options: whatever else a `FairPool` or `sqlalchemy.ext.asyncio.create_async_engine` takes.
 
     Raises `ConfigurationError` for a malformed URL, a bad number or a driver that is not installed.
     """
@@ -71,6 +73,7 @@ def create_sync_engine(
     max_overflow: int = 20,
     pool_timeout: float = 30,
     pool_recycle: int = 1800,
+    **options: Any,
 ) -> Engine:
     """Create the engine that synchronous code uses for the same database as `create_engine(url)`."""
     target = _parsed(url)
@@ -79,9 +82,9 @@ def create_sync_engine(
         f"{backend}+{_ASYNC_DRIVERS[target.drivername]}" if target.drivername in _ASYNC_DRIVERS else target.drivername
     )
     target = target.set(drivername=_SYNC_DRIVERS.get(name, name))
-    pooling = _pooling(target, {}, pool_size, max_overflow, pool_timeout, pool_recycle)
+    pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
     with _explained(target):
-        engine = sqlalchemy.create_engine(target, **pooling)
+        engine = sqlalchemy.create_engine(target, **pooling, **options)
     _prepare_our_own(engine)
     return engine
 
@@ -109,6 +112,8 @@ def _pooling(
         )
     in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     if in_memory or options.get("poolclass") in (NullPool, StaticPool):
+        for option in _FAIR:
+            options.pop(option, None)
         return {}
     return {
         **({} if "poolclass" in options else {"poolclass": FairPool}),

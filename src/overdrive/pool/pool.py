@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import threading
 import time
@@ -160,6 +161,8 @@ class FairPool(Pool):
         leak_after: float | None = None,
         **options: Any,
     ) -> None:
+        if max_waiting is not None and max_waiting < 0:
+            raise ConfigurationError(f"a FairPool needs max_waiting >= 0, or None; got {max_waiting}")
         if pool_size < 1 or max_overflow < 0 or timeout <= 0 or linger < 0 or validate_after < 0:
             raise ConfigurationError(
                 "a FairPool needs pool_size >= 1, max_overflow >= 0, timeout > 0, linger >= 0 and validate_after >= 0; "
@@ -182,6 +185,7 @@ class FairPool(Pool):
         self._lock = threading.RLock()
         self._fair = self._empty()
         self._disposed = False
+        _pools.add(self)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = 0.0
@@ -523,6 +527,23 @@ class FairPool(Pool):
         if self._closing and in_greenlet():
             await_only(asyncio.wait(self._closing))
         self.logger.info("Pool disposed. %s", self.status())
+
+
+#: All of them, for a process that is forked: its connections stay its parent's.
+_pools: weakref.WeakSet[FairPool] = weakref.WeakSet()
+#: What a forked process must not close, as it would do with what it collects as garbage.
+_inherited: list[Fair] = []
+
+
+def _leave_connections_to_parent() -> None:
+    for pool in _pools:
+        _inherited.append(pool._fair)
+        pool._lock = threading.RLock()
+        pool._fair = pool._empty()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_connections_to_parent)
 
 
 def _tick(pool: weakref.ref[FairPool]) -> None:
