@@ -363,7 +363,7 @@ def test_bad_pool_numbers(bad: dict[str, int]) -> None:
 def test_pool_numbers_reach_the_pool() -> None:
     engine = create_engine("postgresql://h/d", pool_size=3, max_overflow=4, pool_timeout=5, pool_recycle=6)
     pool: Any = engine.sync_engine.pool
-    assert (pool.size(), pool._max_overflow, pool.timeout(), pool._recycle) == (3, 4, 5, 6)
+    assert (pool.size(), pool.capacity, pool.timeout(), pool._recycle) == (3, 7, 5, 6)
 
 
 def test_outside_engine_is_not_overdrives(sqlite_url: str) -> None:

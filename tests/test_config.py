@@ -32,7 +32,16 @@ def test_defaults() -> None:
     assert Settings.load().model_dump() == {
         "database_url": "sqlite+aiosqlite:///overdrive.sqlite",
         "redis_url": None,
-        "pool": {"size": 10, "max_overflow": 20, "timeout": 30, "recycle": 1800},
+        "pool": {
+            "size": 10,
+            "max_overflow": 20,
+            "timeout": 30,
+            "recycle": 1800,
+            "max_waiting": None,
+            "linger": 10,
+            "validate_after": 30,
+            "leak_after": None,
+        },
         "cache": {
             "enabled": None,
             "ttl": 60,
@@ -64,6 +73,10 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "POOL__MAX_OVERFLOW": 2,
         "POOL__TIMEOUT": 3.5,
         "POOL__RECYCLE": -1,
+        "POOL__MAX_WAITING": 5,
+        "POOL__LINGER": 6.5,
+        "POOL__VALIDATE_AFTER": 7.5,
+        "POOL__LEAK_AFTER": 8.5,
         "CACHE__ENABLED": False,
         "CACHE__TTL": 4.5,
         "CACHE__PREFIX": "shop",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
     from .errors import OverdriveError as OverdriveError
+    from .errors import OverloadedError as OverloadedError
     from .errors import PageError as PageError
     from .errors import PageTooDeepError as PageTooDeepError
     from .errors import RequestError as RequestError
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from .pagination.page import Page as Page
     from .pagination.page import PageParams as PageParams
     from .pool.engine import create_engine as create_engine
+    from .pool.pool import FairPool as FairPool
+    from .pool.pool import PoolStatistics as PoolStatistics
+    from .pool.pool import PoolTimeoutError as PoolTimeoutError
 
 _MODULES = {
     "app": ("Overdrive", "add_pagination"),
@@ -75,6 +79,7 @@ _MODULES = {
         "InvalidCursorError",
         "NotInstalledError",
         "OverdriveError",
+        "OverloadedError",
         "PageError",
         "PageTooDeepError",
         "RequestError",
@@ -98,6 +103,7 @@ _MODULES = {
         "PageParams",
     ),
     "pool.engine": ("create_engine",),
+    "pool.pool": ("FairPool", "PoolStatistics", "PoolTimeoutError"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -109,6 +109,10 @@ class Overdrive:
             "max_overflow": pool.max_overflow,
             "pool_timeout": pool.timeout,
             "pool_recycle": pool.recycle,
+            "max_waiting": pool.max_waiting,
+            "linger": pool.linger,
+            "validate_after": pool.validate_after,
+            "leak_after": pool.leak_after,
         }
 
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:

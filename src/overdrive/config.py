@@ -26,9 +26,13 @@ class PoolSettings(BaseModel):
     """How many connections an engine may hold, and for how long.
 
     size: connections kept open.
-    max_overflow: connections opened beyond `size` under load, closed when returned.
+    max_overflow: connections opened beyond `size` under load.
     timeout: seconds a checkout waits for a connection before it fails.
-    recycle: seconds after which a connection is replaced at its next checkout; -1 never.
+    recycle: seconds after which a connection is replaced, less up to a tenth; -1 never.
+    max_waiting: checkouts that may wait at once; left out, ten for each connection, and a hundred at least.
+    linger: seconds a connection beyond `size` stays open after its last use.
+    validate_after: seconds of idleness after which a connection is asked for an answer before it is used.
+    leak_after: seconds after which whoever still has a connection is named in a WARNING; left out, nobody is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +41,10 @@ class PoolSettings(BaseModel):
     max_overflow: int = Field(20, ge=0)
     timeout: float = Field(30, gt=0)
     recycle: int = Field(1800, ge=-1)
+    max_waiting: int | None = Field(None, ge=0)
+    linger: float = Field(10, ge=0)
+    validate_after: float = Field(30, ge=0)
+    leak_after: float | None = Field(None, gt=0)
 
 
 class CacheSettings(BaseModel):

@@ -5,6 +5,7 @@
     * `NotInstalledError` (500): a part was used on a request that no `Overdrive(app)` observes
     * `SessionEndedError` (500): the request's session was used after its response had begun
     * `PageError` (500): the endpoint's query or page style cannot be paginated as written
+    * `OverloadedError` (503): there is more to do than can be done now; answered with `Retry-After`
     * `RequestError` (400): the request itself asks for something impossible; answered as JSON with its code
         * `InvalidCursorError` (400): a cursor that was damaged, or made for another route, order or filter
         * `PageTooDeepError` (400): a page by number behind more rows than may be skipped
@@ -42,6 +43,17 @@ class PageError(OverdriveError):
     """A statement, a page style or a combination of both that cannot be paginated as written."""
 
     code = "page"
+
+
+class OverloadedError(OverdriveError):
+    """What was asked for cannot be done now, and is worth asking for again: `PoolTimeoutError` is one.
+
+    retry_after: in how many seconds.
+    """
+
+    status = 503
+    code = "overloaded"
+    retry_after: float = 1
 
 
 class RequestError(OverdriveError):

@@ -5,6 +5,7 @@ Of the app, `build_middleware_stack`, `user_middleware` and `openapi` are touche
 
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -26,7 +27,7 @@ from .caching import Known, KnownRequests, cache_route, check_replaced_call, dec
 from .config import CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
-from .errors import ConfigurationError, RequestError
+from .errors import ConfigurationError, OverloadedError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
 from .routes import (
@@ -119,7 +120,7 @@ class Installation:
         if not any(cast(Any, middleware.cls) is RequestPath for middleware in self.app.user_middleware):
             # The last of the app's middlewares is the innermost.
             self.app.user_middleware.append(Middleware(RequestPath, installation=self))
-        _answer_request_errors(self.app)
+        _answer_errors(self.app)
         stack = Observer(self._build_stack(), self)
         if self.app.build_middleware_stack == self._stack:
             return stack
@@ -235,7 +236,7 @@ class Installation:
             for site in every
         ]
         for mounted in {site.app for site in found if site.app is not self.app}:
-            _answer_request_errors(mounted)
+            _answer_errors(mounted)
         self._complain_of_unknown_names()
 
     def _complain_of_unknown_names(self) -> None:
@@ -293,13 +294,20 @@ def _refuse_late(app: FastAPI) -> None:
         raise ConfigurationError("Overdrive(app) must come before the app serves its first request")
 
 
-def _answer_request_errors(app: FastAPI) -> None:
-    """Have `app` answer a `RequestError`, unless it does so its own way; its middlewares are not built yet."""
+def _answer_errors(app: FastAPI) -> None:
+    """Have `app` answer what is no fault of its own, unless it does so itself; its middlewares are not built yet."""
 
     async def answer(_request: Request, error: RequestError) -> Response:
         return JSONResponse({"detail": str(error), "code": error.code}, error.status)
 
+    async def put_off(_request: Request, error: OverloadedError) -> Response:
+        # How many connections there are is nobody's business outside.
+        detail = "the service has too much to do; try again later"
+        headers = {"retry-after": str(math.ceil(error.retry_after))}
+        return JSONResponse({"detail": detail, "code": error.code}, error.status, headers)
+
     app.exception_handlers.setdefault(RequestError, answer)
+    app.exception_handlers.setdefault(OverloadedError, put_off)
 
 
 # What is asked of a route

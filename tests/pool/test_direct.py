@@ -37,7 +37,7 @@ def database(postgres_url: str) -> Any:
 
 @pytest.fixture
 async def engine(postgres_url: str, database: Engine) -> AsyncIterator[AsyncEngine]:
-    engine = create_engine(postgres_url, pool_size=1, max_overflow=1, pool_timeout=0.2)
+    engine = create_engine(postgres_url, pool_size=1, max_overflow=1, pool_timeout=1)
     observe(engine.sync_engine, "default")
     yield engine
     await engine.dispose()
@@ -58,9 +58,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def checked_out(engine: AsyncEngine) -> int:
-    pool = engine.sync_engine.pool
-    assert isinstance(pool, AsyncAdaptedQueuePool)
-    return pool.checkedout()
+    pool: Any = engine.sync_engine.pool
+    return int(pool.checkedout())
 
 
 async def names(session: AsyncSession, statement: Select[Any] = NAMES, **values: Any) -> list[str]:
@@ -276,11 +275,16 @@ async def test_no_connection_to_be_had(engine: AsyncEngine) -> None:
             await names(session)
 
 
-async def test_a_connection_beyond_the_pools_size_is_closed(engine: AsyncEngine, sent: list[str]) -> None:
+async def test_a_connection_beyond_the_size_of_a_queue_pool_is_closed(
+    postgres_url: str, database: Engine, sent: list[str]
+) -> None:
+    engine = create_engine(postgres_url, pool_size=1, max_overflow=1, poolclass=AsyncAdaptedQueuePool)
+    observe(engine.sync_engine, "default")
     async with engine.connect(), Sessions.of(engine)() as session:
         assert await names(session) == ["a", "b"]
     assert len(sent) == 1
     assert engine.sync_engine.pool.overflow() == 0  # type: ignore[attr-defined]
+    await engine.dispose()
 
 
 async def test_a_cancelled_read_leaves_nothing_behind(engine: AsyncEngine, database: Engine, sent: list[str]) -> None:

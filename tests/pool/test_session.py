@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import event, insert, select, text
+from sqlalchemy import AsyncAdaptedQueuePool, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from support import Item, Other, tables
 
@@ -116,14 +116,18 @@ async def test_what_a_team_runs_at_commit_runs(engine: AsyncEngine) -> None:
     assert ran == ["before"]
 
 
-async def test_a_connection_beyond_the_pools_size_is_closed_with_time_for_it(engine: AsyncEngine) -> None:
-    first, second = (AsyncWork(Sessions.of(engine).open()) for _ in range(2))
-    await read(first.session)
-    await read(second.session)
-    for work in (first, second):
-        assert not work.settle(200)
-        await work.end(200)
-    assert engine.sync_engine.pool.overflow() == 0  # type: ignore[attr-defined]
+async def test_a_connection_beyond_the_size_of_a_queue_pool_is_closed_with_time_for_it(url: str) -> None:
+    engine = create_engine(url, pool_size=1, max_overflow=1, poolclass=AsyncAdaptedQueuePool)
+    observe(engine.sync_engine, "default")
+    with tables(url):
+        first, second = (AsyncWork(Sessions.of(engine).open()) for _ in range(2))
+        await read(first.session)
+        await read(second.session)
+        for work in (first, second):
+            assert not work.settle(200)
+            await work.end(200)
+        assert engine.sync_engine.pool.overflow() == 0  # type: ignore[attr-defined]
+        await engine.dispose()
 
 
 # Columns fetched past the session's own loading

@@ -17,6 +17,7 @@ from sqlalchemy.types import TypeEngine
 from sqlalchemy.util import greenlet_spawn
 
 from .observe import Observation, observation_of, returns_without_waiting
+from .pool import FairPool
 from .statement import Facts, facts_of
 
 Processor = Callable[[Any], Any]
@@ -96,7 +97,10 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     assert observation is not None
     given = {name: parameters.get(name, bind.effective_value) for name, bind, _ in statement.parameters}
     values = [given[name] if process is None else process(given[name]) for name, _, process in statement.parameters]
-    pooled: PoolProxiedConnection = await greenlet_spawn(_take, engine)
+    pool = engine.pool
+    pooled = pool.take_nowait() if isinstance(pool, FairPool) else None
+    if pooled is None:
+        pooled = await greenlet_spawn(_take, engine)
     try:
         observation.started(pooled.info, statement.facts, (given,), autocommit=False)
         rows = await _fetch(pooled, engine, observation, statement, values)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+from functools import partial
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import URL, Connection, Engine, event, make_url, text
+from sqlalchemy import URL, Connection, Dialect, Engine, event, make_url, text
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.pool import NullPool, Pool, QueuePool, StaticPool
 from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from overdrive.errors import ConfigurationError
 
+from .closing import abandon, close, has_loop
+from .pool import FairPool
 from .statement import facts_of, first_word
 from .tasks import start, to_the_end
 
@@ -26,10 +29,10 @@ _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aio
 _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
 #: Milliseconds a writer waits for another one on SQLite, which has room for one: as long as for a pool, by default.
 _BUSY_TIMEOUT = 30_000
-#: Seconds a server has to confirm that it has cancelled a statement.
-_CLOSE_TIMEOUT = 2
 #: Statements of SQLite that end, begin or cannot be in a transaction.
 _OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
+#: What only a `FairPool` takes; a database in memory has one connection and no pool.
+_FAIR = ("max_waiting", "linger", "validate_after", "leak_after")
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -42,14 +45,14 @@ def create_engine(
     pool_recycle: int = 1800,
     **options: Any,
 ) -> AsyncEngine:
-    """Create an async engine with a bounded pool.
+    """Create an async engine with a `FairPool`.
 
     url: the database; `postgresql://` and `sqlite://` get their async driver.
     pool_size: connections kept open.
-    max_overflow: connections opened beyond `pool_size`, closed when returned.
+    max_overflow: connections opened beyond `pool_size` under load.
     pool_timeout: seconds a checkout waits before it fails.
-    pool_recycle: seconds after which a connection is replaced at its next checkout; -1 never.
-    options: whatever else `sqlalchemy.ext.asyncio.create_async_engine` takes.
+    pool_recycle: seconds after which a connection is replaced, less up to a tenth; -1 never.
+    options: whatever else a `FairPool` or `sqlalchemy.ext.asyncio.create_async_engine` takes.
 
     Raises `ConfigurationError` for a malformed URL, a bad number or a driver that is not installed.
     """
@@ -70,6 +73,7 @@ def create_sync_engine(
     max_overflow: int = 20,
     pool_timeout: float = 30,
     pool_recycle: int = 1800,
+    **options: Any,
 ) -> Engine:
     """Create the engine that synchronous code uses for the same database as `create_engine(url)`."""
     target = _parsed(url)
@@ -78,9 +82,9 @@ def create_sync_engine(
         f"{backend}+{_ASYNC_DRIVERS[target.drivername]}" if target.drivername in _ASYNC_DRIVERS else target.drivername
     )
     target = target.set(drivername=_SYNC_DRIVERS.get(name, name))
-    pooling = _pooling(target, {}, pool_size, max_overflow, pool_timeout, pool_recycle)
+    pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
     with _explained(target):
-        engine = sqlalchemy.create_engine(target, **pooling)
+        engine = sqlalchemy.create_engine(target, **pooling, **options)
     _prepare_our_own(engine)
     return engine
 
@@ -108,8 +112,11 @@ def _pooling(
         )
     in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     if in_memory or options.get("poolclass") in (NullPool, StaticPool):
+        for option in _FAIR:
+            options.pop(option, None)
         return {}
     return {
+        **({} if "poolclass" in options else {"poolclass": FairPool}),
         "pool_size": size,
         "max_overflow": overflow,
         "pool_timeout": timeout,
@@ -137,9 +144,9 @@ def prepare(engine: Engine) -> None:
     if engine.dialect.name == "postgresql" and engine.dialect.is_async and not watched:
         event.listen(engine, "connect", _end_abandoned_queries)
     if engine.dialect.driver == "asyncpg":
-        engine.dialect.do_terminate = _close_behind  # type: ignore[method-assign]
+        engine.dialect.do_terminate = partial(_close_behind, engine.dialect)  # type: ignore[method-assign]
     elif engine.dialect.driver == "aiosqlite":
-        engine.dialect.do_terminate = _stop_thread  # type: ignore[method-assign]
+        engine.dialect.do_terminate = partial(_stop_thread, engine.dialect)  # type: ignore[method-assign]
 
 
 def _prepare_our_own(engine: Engine) -> None:
@@ -172,42 +179,22 @@ async def _have_client_watched(connection: Any) -> None:
         await connection.set_autocommit(False)
 
 
-def _close_behind(dbapi_connection: Any) -> None:
+def _close_behind(dialect: Dialect, dbapi_connection: Any) -> None:
     """Close a cancelled connection in a task of its own, where its cancel request is not cancelled with it."""
-    connection = dbapi_connection.driver_connection
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # collected as garbage
-        connection.terminate()
+    if has_loop():
+        start(close(dialect, dbapi_connection))
     else:
-        start(_close(connection))
+        abandon(dialect, dbapi_connection)
 
 
-async def _close(connection: Any) -> None:
-    try:
-        await connection.close(timeout=_CLOSE_TIMEOUT)
-    except Exception:
-        connection.terminate()
-
-
-def _stop_thread(dbapi_connection: Any) -> None:
-    """End a cancelled connection of aiosqlite in one step, and wait for it where waiting is possible.
-
-    Its close is two steps with a wait each; cancelled between them, it waits for an answer that never comes, and
-    the event loop for it.
-    """
-    connection = dbapi_connection.driver_connection
-    if not in_greenlet():  # collected as garbage
-        connection.stop()
+def _stop_thread(dialect: Dialect, dbapi_connection: Any) -> None:
+    """End a cancelled connection of aiosqlite, and wait for it where waiting is possible."""
+    if not in_greenlet():
+        abandon(dialect, dbapi_connection)
         return
     # The cancellation that has led here goes on without this one.
     with contextlib.suppress(asyncio.CancelledError):
-        await_only(to_the_end(_stop(connection)))
-
-
-async def _stop(connection: Any) -> None:
-    if (stopped := connection.stop()) is not None:
-        await stopped
+        await_only(to_the_end(close(dialect, dbapi_connection)))
 
 
 def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
@@ -239,8 +226,12 @@ def _begin_with_the_first_write(
         cursor.close()
 
 
-def capacity_of(pool: QueuePool) -> int | None:
+def capacity_of(pool: Pool) -> int | None:
     """Return how many connections `pool` can have out at once; None where it has no bound."""
+    if isinstance(pool, FairPool):
+        return pool.capacity
+    if not isinstance(pool, QueuePool):
+        return None
     overflow: int = pool._max_overflow
     return None if overflow < 0 else pool.size() + overflow
 

@@ -24,6 +24,7 @@ from overdrive.context import OF_ROWS, Reads, collectors, current
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 
+from .pool import FairPool
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of
 from .tasks import to_the_end
@@ -405,9 +406,10 @@ def is_idle(engine: Engine, connection: Any) -> bool:
 
 def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bool:
     """Say whether giving a pooled connection back would ask nobody for anything."""
-    # One beyond the pool's size is closed when it comes back, and psycopg's is taken out of autocommit, which waits.
-    kept = isinstance(engine.pool, QueuePool) and engine.pool.overflow() <= 0 and "psycopg" not in engine.dialect.driver
-    return kept and pooled.is_valid and is_idle(engine, pooled)
+    pool = engine.pool
+    # A `QueuePool` closes one beyond its size as it comes back, and psycopg's is taken out of autocommit, which waits.
+    kept = isinstance(pool, FairPool) or (isinstance(pool, QueuePool) and pool.overflow() <= 0)
+    return kept and "psycopg" not in engine.dialect.driver and pooled.is_valid and is_idle(engine, pooled)
 
 
 _KEY = "overdrive"

@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
-from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event, exc
+from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
@@ -20,6 +20,7 @@ from overdrive.errors import SessionEndedError
 from . import direct
 from .engine import capacity_of
 from .observe import returns_without_waiting
+from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
 
 logger = logging.getLogger("overdrive")
@@ -112,18 +113,19 @@ class SyncSessions:
         Plain functions would wait for it in their threads. Those are fewer than requests, and a request that holds
         a connection needs one more to serialize its response: with all of them waiting, nobody would go on.
 
-        Raises SQLAlchemy's `TimeoutError` after the pool's timeout.
+        Raises `PoolTimeoutError` after the pool's timeout.
         """
         pool = self.engine.pool
-        if not isinstance(pool, QueuePool) or (capacity := capacity_of(pool)) is None:
+        if (capacity := capacity_of(pool)) is None:
             return lambda: None
+        assert isinstance(pool, FairPool | QueuePool)
         places = self._places.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(capacity))
         try:
             async with asyncio.timeout(pool.timeout()):
                 await places.acquire()
         except TimeoutError:
-            raise exc.TimeoutError(
-                f"all {capacity} connections of the pool are in use, and none came back within {pool.timeout():g} s"
+            raise PoolTimeoutError(
+                f"all {capacity} connections of the pool are in use, and none came back within {pool.timeout():g} s", 1
             ) from None
         return places.release
 

@@ -1,0 +1,86 @@
+"""How connections of async drivers are closed behind the back of whoever had them, who may have been cancelled.
+
+A connection is closed for certain when the server has closed its end: until then it may be at work still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import weakref
+from typing import Any
+
+from sqlalchemy import Dialect
+from sqlalchemy.util import greenlet_spawn
+
+#: Seconds a server has to confirm that it has cancelled a statement, and closed its end.
+_CLOSE_TIMEOUT = 2
+
+#: Of a psycopg connection: how its statement is cancelled, and a second handle of its socket. It can be asked for
+#: neither once it is closed, and cancelled twice it closes itself and leaves the server to its statement.
+_psycopg: weakref.WeakKeyDictionary[Any, tuple[Any, weakref.finalize[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def watch(dialect: Dialect, dbapi_connection: Any) -> None:
+    """Note what `close` will need of a new connection."""
+    connection = dbapi_connection.driver_connection
+    # The server may have ended it already.
+    if "psycopg" in dialect.driver and not connection.closed:
+        handle = os.dup(connection.pgconn.socket)
+        _psycopg[connection] = connection.pgconn.get_cancel(), weakref.finalize(connection, os.close, handle)
+
+
+async def close(dialect: Dialect, dbapi_connection: Any) -> None:
+    """Close a connection, and return when the server has, where it can be known.
+
+    In a task of its own, so that the cancel request which asyncpg sends is not cancelled with the statement.
+    """
+    connection = dbapi_connection.driver_connection
+    if dialect.driver == "asyncpg":
+        try:
+            await connection.close(timeout=_CLOSE_TIMEOUT)
+        except Exception:
+            connection.terminate()
+    elif dialect.driver == "aiosqlite":
+        # Its close is two steps with a wait each; cancelled between them, it waits for an answer that never comes,
+        # and the event loop for it.
+        if (stopped := connection.stop()) is not None:
+            await stopped
+    elif (watched := _psycopg.pop(connection, None)) is not None:
+        if connection.closed:
+            await asyncio.to_thread(watched[0].cancel)
+        await greenlet_spawn(dialect.do_close, dbapi_connection)
+        await _closed_by_server(watched[1])
+    else:
+        await greenlet_spawn(dialect.do_close, dbapi_connection)
+
+
+async def _closed_by_server(handle: weakref.finalize[..., Any]) -> None:
+    if (detached := handle.detach()) is None:
+        return
+    with socket.socket(fileno=detached[2][0]) as end, contextlib.suppress(OSError, TimeoutError):
+        end.setblocking(False)
+        end.shutdown(socket.SHUT_WR)
+        async with asyncio.timeout(_CLOSE_TIMEOUT):
+            while await asyncio.get_running_loop().sock_recv(end, 65_536):
+                pass
+
+
+def abandon(dialect: Dialect, dbapi_connection: Any) -> None:
+    """Close a connection whose event loop is gone, or that is collected as garbage."""
+    connection = dbapi_connection.driver_connection
+    if dialect.driver == "aiosqlite":
+        connection.stop()
+    elif dialect.driver == "asyncpg":
+        connection.terminate()
+
+
+def has_loop() -> bool:
+    """Say whether an event loop runs here."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
