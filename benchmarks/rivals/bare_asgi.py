@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from benchmarks.rivals import shop
 from overdrive import CacheMiddleware
+from overdrive.cache.entry import FORMAT, Entry
+from overdrive.cache.redis import RedisStore
 
 _BODY = (
     b'{"id":4711,"email":"chen.lopez.4711@example.com","name":"Chen Lopez","country":"GB",'
@@ -42,3 +45,24 @@ def behind_cache_middleware() -> Any:
             await send({"type": "http.response.body", "body": _BODY})
 
     return CacheMiddleware(app)
+
+
+def asking_redis() -> Any:
+    """Return an app that does no more than to look its bytes up in Redis, by the client of Overdrive's cache."""
+    store = RedisStore(shop.REDIS_URL, "bare")
+    ready = False
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal ready
+        if scope["type"] != "http":
+            return
+        if not ready:
+            epoch, versions = await store.versions(["default/users#", "default/*"])
+            await store.save("key", Entry(FORMAT, "f", epoch, versions, 0, 3600, 200, _HEADERS, _BODY), 3600)
+            ready = True
+        entry = (await store.load("key", "f")).entry
+        assert entry is not None
+        await send({"type": "http.response.start", "status": entry.status, "headers": entry.headers})
+        await send({"type": "http.response.body", "body": entry.body})
+
+    return app

@@ -54,6 +54,17 @@ def service_on_redis() -> FastAPI:
     return service(redis_url=shop.REDIS_URL)
 
 
+def service_asking_redis() -> FastAPI:
+    """Return the service with nothing near: each hit asks Redis."""
+    return service(redis_url=shop.REDIS_URL, cache={"max_bytes": 0})
+
+
+def service_with_events() -> FastAPI:
+    """Return the service with its cache in the process, and one event a request in a file."""
+    logging.basicConfig(handlers=[LogHandler(path="log.txt")], level=logging.INFO)
+    return service()
+
+
 def overloaded() -> FastAPI:
     """Return an app whose five connections are busy for 50 ms each: it can answer 100 requests a second."""
     app = _app(pool_size=5)
