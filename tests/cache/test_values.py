@@ -49,6 +49,28 @@ async def add_one(db: AsyncSession) -> None:
     await db.execute(insert(Item).values(name="new"))
 
 
+async def test_what_the_session_has_read_before_counts(service: Service) -> None:
+    """It is given again without a statement."""
+
+    @service.app.get("/twice")
+    async def twice(db: SessionDep) -> str:
+        first = await db.get_one(Item, 1)
+
+        async def load() -> str:
+            return (await db.get_one(Item, 1)).name
+
+        return first.name + " " + await service.overdrive.cache.get_or_set("name", load, type=str)
+
+    async def rename(db: AsyncSession) -> None:
+        (await db.get_one(Item, 1)).name = "renamed"
+
+    # The first request finds no clock, where it is in Redis.
+    for _ in range(3):
+        assert (await service.get("/twice")).json() == "first first"
+    await service.write(rename)
+    assert (await service.get("/twice")).json() == "renamed renamed"
+
+
 async def test_a_value_is_kept_until_what_it_read_is_written(service: Service) -> None:
     cache, ran = service.overdrive.cache, list[int]()
     load = reading(service, ran)

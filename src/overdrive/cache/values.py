@@ -144,14 +144,21 @@ class Values:
             return msgspec.msgpack.decode(turn.entry.body, type=type_)
         if turn.flight is None:
             return await load()
-        keep = functools.partial(self._keep, name, fingerprint, turn.instant, tags, ttl or self._cache.ttl, turn.flight)
-        return await self._lead(turn.flight, load, type_, keep)
+        instant: Instant | None = turn.instant
+        known = Reads()
+        if context is not None and context.statements:
+            # What the request's session has read before, it gives again without a statement.
+            known.tags, known.unknown, instant = {*context.reads.tags}, [*context.reads.unknown], context.instant
+        keep = functools.partial(self._keep, name, fingerprint, instant, tags, ttl or self._cache.ttl, turn.flight)
+        return await self._lead(turn.flight, load, type_, keep, known)
 
-    async def _lead(self, flight: Flight, load: Load, type_: Any, keep: Keep) -> Any:
+    async def _lead(self, flight: Flight, load: Load, type_: Any, keep: Keep, known: Reads) -> Any:
         landed: Landing = Landed.NOWHERE
         try:
             with collecting() as reads:
                 value = await load()
+            reads.tags |= known.tags
+            reads.unknown += known.unknown
             try:
                 body = msgspec.msgpack.encode(value)
                 # What is returned is the same each time, whether it was kept or not.
@@ -172,7 +179,7 @@ class Values:
         self,
         name: str,
         fingerprint: str,
-        instant: Instant,
+        instant: Instant | None,
         tags: Collection[str],
         ttl: float,
         flight: Flight,
@@ -180,7 +187,7 @@ class Values:
         body: bytes,
     ) -> Landing:
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
-        if reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags):
+        if instant is None or (reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags)):
             return Landed.ALONE
         landing, _stored = await self._cache.keep(
             name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body, flight=flight
