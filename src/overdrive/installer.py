@@ -9,13 +9,16 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from multiprocessing import parent_process
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIWebSocketRoute
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import compile_path
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from .log.logger import BindingLogger
 
 logger = logging.getLogger("overdrive")
+
+#: Seconds after which FastAPI's telemetry is asked again whether it has somewhere to send to.
+_TELEMETRY_INTERVAL = 1.0
 
 
 class Installation:
@@ -123,6 +129,8 @@ class Installation:
         _answer_errors(self.app)
         stack = Observer(self._build_stack(), self)
         if self.app.build_middleware_stack == self._stack:
+            if self.is_innermost:
+                stand_first(self.app, stack)
             return stack
         # What wraps it from outside, as OpenTelemetry's instrumentation does, looks for Starlette's outermost.
         return ServerErrorMiddleware(stack)
@@ -287,6 +295,38 @@ class Installation:
                     cache.ledger.routes[site.name] = trust
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
+
+
+def stand_first(app: FastAPI, observer: Observer) -> None:
+    """Have hits answered before FastAPI's own `__call__`, which takes as long as all that is left of them.
+
+    Not where anybody else stands there: a class of the team's, what has patched FastAPI's or Starlette's, or FastAPI's
+    own telemetry, as long as it has somewhere to send to.
+    """
+    kind, telemetry = type(app), getattr(app, "_native_telemetry", None)
+    if kind.__call__ is not FastAPI.__call__ or not all(map(_is_as_written, (FastAPI, Starlette))) or app.root_path:
+        return
+    traced, asked_at = True, float("-inf")
+
+    async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        nonlocal traced, asked_at
+        if scope["type"] == "http" and (found := observer.found(scope)) is not None:
+            # To ask takes a third of the time that this saves.
+            if (now := time.monotonic()) - asked_at >= _TELEMETRY_INTERVAL:
+                traced, asked_at = telemetry is not None and telemetry.enabled(), now
+            if not traced:
+                await observer.answer(*found, scope, receive, send)
+                return
+        await kind.__call__(self, scope, receive, send)
+
+    members = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    app.__class__ = type(kind.__name__, (kind,), members)
+
+
+def _is_as_written(kind: type) -> bool:
+    """Say whether a class's `__call__` is the one in its own module."""
+    call: Any = vars(kind).get("__call__")
+    return isinstance(call, FunctionType) and call.__code__.co_filename == sys.modules[kind.__module__].__file__
 
 
 def _refuse_late(app: FastAPI) -> None:

@@ -64,15 +64,19 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        # What tells tenants apart may fail, and then has the app's own answer.
-        known = self._installation.known(scope, None) if self._is_innermost else None
-        entry = self._installation.cache.held(known.policy, known.key) if known is not None else None
-        if known is not None and entry is not None:
-            await self._answer(known, entry, scope, receive, send)
+        if (found := self.found(scope)) is not None:
+            await self.answer(*found, scope, receive, send)
         else:
             await self._serve(self.app, scope, receive, send)
 
-    async def _answer(self, known: Known, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
+    def found(self, scope: Scope) -> tuple[Known, Entry] | None:
+        """Return what answers a request at once."""
+        # What tells tenants apart may fail, and then has the app's own answer.
+        known = self._installation.known(scope, None) if self._is_innermost else None
+        entry = self._installation.cache.held(known.policy, known.key) if known is not None else None
+        return (known, entry) if known is not None and entry is not None else None
+
+    async def answer(self, known: Known, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer from the cache at once: there is nothing between here and the router that should have a look."""
         installation, policy = self._installation, known.policy
         start, body = replayed(entry, policy, installation.cache.clock(), wishes_of(scope["headers"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match
 from support import Item, client, recorded
 
@@ -477,3 +479,116 @@ async def test_patience_ends(service: Service, monkeypatch: pytest.MonkeyPatch) 
     assert held.runs == 3
     held.opened.set()
     assert {each.text for each in await asyncio.gather(*tasks)} == {"answer"}
+
+
+# What stands before FastAPI's own call
+
+
+def counting(calls: list[str]) -> Any:
+    """FastAPI's `__call__`, as something that measures would replace it."""
+    call = FastAPI.__call__
+
+    async def counted(self: FastAPI, scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope["path"])
+        await call(self, scope, receive, send)
+
+    return counted
+
+
+def small(app: FastAPI) -> FastAPI:
+    Overdrive(app, cache=True)
+
+    @app.get("/")
+    @cached
+    async def one() -> int:
+        return 1
+
+    return app
+
+
+async def marks(app: FastAPI) -> list[str]:
+    async with client(app) as http:
+        return [(await http.get("/")).headers["x-cache"] for _ in range(3)]
+
+
+async def test_a_hit_is_answered_before_fastapi_is_asked() -> None:
+    app = small(FastAPI())
+    assert await marks(app) == ["miss", "hit", "hit"]
+    assert (isinstance(app, FastAPI), type(app).__name__, type(app).__module__) == (
+        True,
+        "FastAPI",
+        "fastapi.applications",
+    )
+    assert type(app) is not FastAPI
+
+
+async def test_a_patched_fastapi_is_asked_on_every_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(FastAPI, "__call__", counting(calls))
+    assert await marks(small(FastAPI())) == ["miss", "hit", "hit"]
+    assert calls == ["/"] * 3
+
+
+async def test_a_patched_starlette_is_asked_on_every_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    call = Starlette.__call__
+
+    @functools.wraps(call)
+    async def counted(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope["path"])
+        await call(self, scope, receive, send)
+
+    monkeypatch.setattr(Starlette, "__call__", counted)
+    assert await marks(small(FastAPI())) == ["miss", "hit", "hit"]
+    assert calls == ["/"] * 3
+
+
+async def test_a_class_of_the_teams_is_asked_on_every_hit() -> None:
+    calls: list[str] = []
+
+    class Own(FastAPI):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            calls.append(scope["path"])
+            await super().__call__(scope, receive, send)
+
+    assert await marks(small(Own())) == ["miss", "hit", "hit"]
+    assert calls == ["/"] * 3
+
+
+async def test_an_apps_middleware_is_asked_on_every_hit() -> None:
+    calls: list[str] = []
+    app = small(FastAPI())
+
+    class Counts:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            calls.append(scope["path"])
+            await self.app(scope, receive, send)
+
+    app.add_middleware(Counts)
+    assert await marks(app) == ["miss", "hit", "hit"]
+    assert calls == ["/"] * 3
+    assert type(app) is FastAPI
+
+
+async def test_telemetry_that_comes_later_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overdrive.installer._TELEMETRY_INTERVAL", 0)
+    app = small(FastAPI())
+    assert await marks(app) == ["miss", "hit", "hit"]
+    asked: list[bool] = []
+    telemetry: Any = app._native_telemetry  # type: ignore[attr-defined]
+    monkeypatch.setattr(telemetry, "enabled", lambda: asked.append(True) or False)
+    assert await marks(app) == ["hit"] * 3
+    assert len(asked) == 3
+    passed: list[str] = []
+    monkeypatch.setattr(telemetry, "enabled", lambda: True)
+
+    async def measured(**values: Any) -> None:
+        passed.append(values["scope"]["path"])
+        await values["app"](values["scope"], values["receive"], values["send"])
+
+    monkeypatch.setattr(type(telemetry), "__call__", lambda _self, **values: measured(**values))
+    assert await marks(app) == ["hit"] * 3
+    assert passed == ["/"] * 3
