@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("overdrive")
 
-#: Seconds after which FastAPI's telemetry is asked again whether it has somewhere to send to.
-_TELEMETRY_INTERVAL = 1.0
+#: Seconds between two looks whether anybody has come to stand before FastAPI: what patches it, or its telemetry.
+_LOOK_INTERVAL = 1.0
 
 
 class Installation:
@@ -303,24 +303,26 @@ def stand_first(app: FastAPI, observer: Observer) -> None:
     Not where anybody else stands there: a class of the team's, what has patched FastAPI's or Starlette's, or FastAPI's
     own telemetry, as long as it has somewhere to send to.
     """
-    kind, telemetry = type(app), getattr(app, "_native_telemetry", None)
-    if kind.__call__ is not FastAPI.__call__ or not all(map(_is_as_written, (FastAPI, Starlette))) or app.root_path:
+    if type(app) is not FastAPI or app.root_path:
         return
-    traced, asked_at = True, float("-inf")
+    telemetry = getattr(app, "_native_telemetry", None)
+    is_first, looked_at = False, float("-inf")
 
     async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
-        nonlocal traced, asked_at
+        nonlocal is_first, looked_at
         if scope["type"] == "http" and (found := observer.found(scope)) is not None:
-            # To ask takes a third of the time that this saves.
-            if (now := time.monotonic()) - asked_at >= _TELEMETRY_INTERVAL:
-                traced, asked_at = telemetry is not None and telemetry.enabled(), now
-            if not traced:
+            # To look takes as long as half of what this saves.
+            if (now := time.monotonic()) - looked_at >= _LOOK_INTERVAL:
+                written = _is_as_written(FastAPI) and _is_as_written(Starlette)
+                is_first, looked_at = written and not (telemetry is not None and telemetry.enabled()), now
+            if is_first:
                 await observer.answer(*found, scope, receive, send)
                 return
-        await kind.__call__(self, scope, receive, send)
+        await FastAPI.__call__(self, scope, receive, send)
 
-    members = {"__call__": call, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    app.__class__ = type(kind.__name__, (kind,), members)
+    # It looks like the one it was.
+    members = {"__call__": call, "__module__": FastAPI.__module__, "__qualname__": FastAPI.__qualname__}
+    app.__class__ = type(FastAPI.__name__, (FastAPI,), members)
 
 
 def _is_as_written(kind: type) -> bool:

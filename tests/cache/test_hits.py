@@ -529,6 +529,16 @@ async def test_a_patched_fastapi_is_asked_on_every_hit(monkeypatch: pytest.Monke
     assert calls == ["/"] * 3
 
 
+async def test_what_patches_fastapi_later_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overdrive.installer._LOOK_INTERVAL", 0)
+    app = small(FastAPI())
+    assert await marks(app) == ["miss", "hit", "hit"]
+    calls: list[str] = []
+    monkeypatch.setattr(FastAPI, "__call__", counting(calls))
+    assert await marks(app) == ["hit"] * 3
+    assert calls == ["/"] * 3
+
+
 async def test_a_patched_starlette_is_asked_on_every_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     call = Starlette.__call__
@@ -574,7 +584,7 @@ async def test_an_apps_middleware_is_asked_on_every_hit() -> None:
 
 
 async def test_telemetry_that_comes_later_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.installer._TELEMETRY_INTERVAL", 0)
+    monkeypatch.setattr("overdrive.installer._LOOK_INTERVAL", 0)
     app = small(FastAPI())
     assert await marks(app) == ["miss", "hit", "hit"]
     asked: list[bool] = []
