@@ -31,7 +31,7 @@ from .config import CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
-from .middleware import Observer, RequestPath
+from .middleware import LOOKED_UP, Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
 from .routes import (
     Site,
@@ -306,18 +306,22 @@ def stand_first(app: FastAPI, observer: Observer) -> None:
     if type(app) is not FastAPI or app.root_path:
         return
     telemetry = getattr(app, "_native_telemetry", None)
-    is_first, looked_at = False, float("-inf")
+    first, looked_at = False, float("-inf")
+
+    def is_first() -> bool:
+        nonlocal first, looked_at
+        # To look takes as long as half of what this saves.
+        if (now := time.monotonic()) - looked_at >= _LOOK_INTERVAL:
+            traced = telemetry is not None and telemetry.enabled()
+            first, looked_at = not traced and _is_as_written(FastAPI) and _is_as_written(Starlette), now
+        return first
 
     async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
-        nonlocal is_first, looked_at
-        if scope["type"] == "http" and (found := observer.found(scope)) is not None:
-            # To look takes as long as half of what this saves.
-            if (now := time.monotonic()) - looked_at >= _LOOK_INTERVAL:
-                written = _is_as_written(FastAPI) and _is_as_written(Starlette)
-                is_first, looked_at = written and not (telemetry is not None and telemetry.enabled()), now
-            if is_first:
+        if scope["type"] == "http" and is_first():
+            if (found := observer.found(scope)) is not None:
                 await observer.answer(*found, scope, receive, send)
                 return
+            scope[LOOKED_UP] = True
         await FastAPI.__call__(self, scope, receive, send)
 
     # It looks like the one it was.

@@ -44,6 +44,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 #: Where a scope tells a mounted app's Observer that it is being observed.
 _OBSERVED = "overdrive"
 
+#: Where a scope tells the Observer that there is nothing to answer with at once.
+LOOKED_UP = "overdrive.looked_up"
+
 
 class Observer:
     """Outermost: makes the request's context, and tells its one event whatever becomes of it."""
@@ -64,7 +67,7 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        if (found := self.found(scope)) is not None:
+        if LOOKED_UP not in scope and (found := self.found(scope)) is not None:
             await self.answer(*found, scope, receive, send)
         else:
             await self._serve(self.app, scope, receive, send)

@@ -22,7 +22,9 @@ from support import Item, client, recorded
 
 from overdrive import CursorPage, Overdrive, SessionDep, cached, get_session, paginate
 from overdrive.cache.key import Shortcuts
+from overdrive.installer import Installation
 from overdrive.instrumentation.events import RequestEvent
+from overdrive.middleware import Observer
 from overdrive.testing import Clock
 
 pytestmark = pytest.mark.anyio
@@ -527,6 +529,28 @@ async def test_a_patched_fastapi_is_asked_on_every_hit(monkeypatch: pytest.Monke
     monkeypatch.setattr(FastAPI, "__call__", counting(calls))
     assert await marks(small(FastAPI())) == ["miss", "hit", "hit"]
     assert calls == ["/"] * 3
+
+
+async def test_a_request_is_looked_up_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = small(FastAPI())
+    looks: list[str] = []
+    found = Observer.found
+
+    def noted(self: Observer, scope: Any) -> Any:
+        looks.append(scope["path"])
+        return found(self, scope)
+
+    monkeypatch.setattr(Observer, "found", noted)
+    overdrive = Installation.of(app).runtime
+    assert overdrive is not None
+    for number, patched in enumerate((False, True), start=1):
+        if patched:
+            monkeypatch.setattr("overdrive.installer._LOOK_INTERVAL", 0)
+            monkeypatch.setattr(FastAPI, "__call__", counting([]))
+        await marks(app)
+        assert len(looks) == 3 * number
+    counts = overdrive.cache.statistics()["GET /"]
+    assert (counts["misses"], counts["at_once"]) == (1, 5)
 
 
 async def test_what_patches_fastapi_later_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
