@@ -182,6 +182,28 @@ async def test_a_worker_hears_of_anothers_write(workers: list[Service]) -> None:
     assert (await workers[1].get("/names")).json() == ["renamed"]
 
 
+@pytest.mark.parametrize("tag", ["in two\nlines", "ä", "a" * 300])
+async def test_a_tag_is_heard_whatever_it_is_called(redis_url: str, tag: str) -> None:
+    writer, reader = RedisStore(redis_url, "test"), RedisStore(redis_url, "test", 1_000_000)
+    epoch, versions = await writer.versions([tag])
+    await writer.save("key", Entry(FORMAT, "f", epoch, versions, 0.0, 60.0, 200, [], b"body"), 60)
+    for _ in range(100):
+        assert (await reader.load("key", "f")).entry is not None
+        if reader.held("key") is not None:
+            break
+        await asyncio.sleep(0.01)
+    await writer.bump([f"other {number}" for number in range(10_000)])
+    assert reader.held("key") is not None
+    await writer.bump([tag])
+    await until(lambda: reader.held("key") is None)
+    near = reader._link().near
+    # It has heard of it, and has not lost count.
+    assert near is not None
+    assert near._since is not None
+    await writer.aclose()
+    await reader.aclose()
+
+
 async def test_everything_that_is_cleared_is_cleared_near(workers: list[Service]) -> None:
     for worker in workers:
         await listening(worker)

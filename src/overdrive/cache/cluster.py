@@ -94,17 +94,11 @@ class ClusterStore(RedisStore):
         if prefix.startswith("}"):
             raise ConfigurationError("with a Redis Cluster, the cache's prefix must not start with a closing brace")
         self._url = url
-        self._clock = f"{{{prefix}}}:clock"
-        self._history = f"{{{prefix}}}:history"
-        self._switches = f"{{{prefix}}}:off"
-        self._counts = f"{{{prefix}}}:counts"
-        self._channel = f"{{{prefix}}}:writes"
+        self._history = f"{self._together}:history"
 
-    def _names(self, tags: Iterable[str]) -> dict[str, str]:
-        return {tag: f"{{{self._prefix}}}:tag:{tag}" for tag in tags}
-
-    def _lease(self, key: str) -> str:
-        return f"{{{self._prefix}}}:lease:{key}"
+    def _base_of(self, prefix: str) -> str:
+        # Names with the same hash tag lie in the same slot.
+        return f"{{{prefix}}}"
 
     def _new_route(self, loop: asyncio.AbstractEventLoop) -> Cluster:
         seed = urlsplit(self._node_url)

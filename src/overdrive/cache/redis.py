@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
+import msgspec
+
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
@@ -112,10 +114,12 @@ _BUMP = _Script(f"""{_CLOCK}
 now = string.format('%.0f', now + 1)
 clock = epoch .. ' ' .. now
 redis.call('SET', KEYS[1], clock)
+local told = {{clock}}
 for i = 2, #KEYS - 1 do
     redis.call('SET', KEYS[i], now)
+    told[i] = KEYS[i]
 end
-redis.pcall('PUBLISH', KEYS[#KEYS], clock .. '\\n' .. table.concat(KEYS, '\\n', 2, #KEYS - 1))
+redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
 return clock
 """)
 
@@ -123,7 +127,7 @@ return clock
 _CLEAR = """
 local clock = ARGV[1] .. ' 0'
 redis.call('SET', KEYS[1], clock)
-redis.pcall('PUBLISH', KEYS[2], clock)
+redis.pcall('PUBLISH', KEYS[2], cmsgpack.pack({clock}))
 """
 
 #: Seconds for which it is taken for granted that every write was heard, and between two looks where nobody asks.
@@ -156,7 +160,7 @@ end
 """
 
 # KEYS: what is off.  ARGV: a name, and whether it is to be off. Returns what is off now.
-_SWITCH = _Script("""
+_SWITCH = """
 local names = {}
 for name in string.gmatch(redis.call('GET', KEYS[1]) or '', '[^\\n]+') do
     if name ~= ARGV[1] then names[#names + 1] = name end
@@ -165,15 +169,15 @@ if ARGV[2] == '1' then names[#names + 1] = ARGV[1] end
 local text = table.concat(names, '\\n')
 if text == '' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], text) end
 return text
-""")
+"""
 
 # KEYS: the counts.  ARGV: seconds they are kept, then name and number of each.
-_ADD = _Script("""
+_ADD = """
 for i = 2, #ARGV, 2 do
     redis.call('HINCRBY', KEYS[1], ARGV[i], ARGV[i + 1])
 end
 redis.call('EXPIRE', KEYS[1], ARGV[1])
-""")
+"""
 
 _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
@@ -223,13 +227,15 @@ class RedisStore:
         self._prefix = prefix
         self._max_bytes = max_bytes
         self.looked: Callable[[], None] = _nothing
-        self._channel = f"{prefix}:writes"
-        self._clock = f"{prefix}:clock"
+        #: What lies together on one server has this before its name.
+        self._together = self._base_of(prefix)
+        self._clock = f"{self._together}:clock"
+        self._switches = f"{self._together}:off"
+        self._counts = f"{self._together}:counts"
+        self.channel = f"{self._together}:writes"
         self._seen: Instant | None = None
-        self._switches = f"{prefix}:off"
         self._off_text: bytes | None = None
         self.off: frozenset[str] = frozenset()
-        self._counts = f"{prefix}:counts"
         try:
             self._address = Address(url)
         except (ValueError, TypeError, RedisError) as error:
@@ -249,6 +255,9 @@ class RedisStore:
         self.refused_fills = 0
         #: How often Redis was found to be away.
         self.opened = 0
+
+    def _base_of(self, prefix: str) -> str:
+        return prefix
 
     async def ping(self) -> None:
         """Ask Redis for an answer; `ConfigurationError` says in one line why it gave none."""
@@ -296,7 +305,7 @@ class RedisStore:
         self.looked = call
 
     def saw(self, instant: Instant) -> None:
-        """Take note of the clock in an answer that nobody has asked for."""
+        """Take note of the clock in an answer."""
         self._seen = instant
 
     def held(self, key: str) -> Entry | None:
@@ -330,7 +339,7 @@ class RedisStore:
         link.post("EVAL", _RELEASE, 1, self._lease(key), token, _LEASE, NOBODY_WAITS if alone else "")
 
     def _lease(self, key: str) -> str:
-        return f"{self._prefix}:lease:{key}"
+        return f"{self._together}:lease:{key}"
 
     def _tags_of(self, key: str) -> Collection[str]:
         return self._tags.get(key, {}).values()
@@ -339,7 +348,6 @@ class RedisStore:
         if answer.instant is None:
             self._seen, _ = await self._stamped(())
             return Found(None, self._seen, {})
-        self._seen = answer.instant
         entry = self._entry(answer, name, fingerprint)
         if entry is None:
             return Found(None, answer.instant, {})
@@ -377,7 +385,7 @@ class RedisStore:
         self._tags.move_to_end(key)
 
     def _names(self, tags: Iterable[str]) -> dict[str, str]:
-        return {tag: f"{self._prefix}:tag:{tag}" for tag in tags}
+        return {tag: f"{self._together}:tag:{tag}" for tag in tags}
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag, in one round trip, unless a stamp was evicted."""
@@ -410,14 +418,14 @@ class RedisStore:
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
-        clock = await self._run(_BUMP, tags, self._channel, patient=True)
+        clock = await self._run(_BUMP, tags, self.channel, patient=True)
         if (near := self._link().near) is not None:
             near.wrote(_instant(clock), tags)
 
     async def clear(self) -> None:
         """Begin a new epoch; entries of the old one leave with their time to live."""
         link = self._link()
-        await link.ask("EVAL", _CLEAR, 2, self._clock, self._channel, secrets.token_hex(8))
+        await link.ask("EVAL", _CLEAR, 2, self._clock, self.channel, secrets.token_hex(8))
         if link.near is not None:
             link.near.forget()
 
@@ -430,7 +438,7 @@ class RedisStore:
 
     async def switch(self, name: str, *, off: bool) -> frozenset[str]:
         """Switch `name` off, or on again: each worker hears it with its next look-up."""
-        self.hear(await self._link().ask("EVAL", _SWITCH.text, 1, self._switches, name, int(off)))
+        self.hear(await self._link().ask("EVAL", _SWITCH, 1, self._switches, name, int(off)))
         return self.off
 
     async def switched_off(self) -> frozenset[str]:
@@ -441,7 +449,7 @@ class RedisStore:
     def add(self, counts: Mapping[tuple[str, str], int]) -> bool:
         """Add to the counts of all workers, behind what was asked last on this loop's connection."""
         pairs = [part for (route, name), count in counts.items() for part in (f"{route}\n{name}", count)]
-        return not self._link().post("EVAL", _ADD.text, 1, self._counts, _DAY, *pairs).done()
+        return not self._link().post("EVAL", _ADD, 1, self._counts, _DAY, *pairs).done()
 
     async def sums(self) -> dict[str, dict[str, int]]:
         """Return these counts, of the day."""
@@ -481,16 +489,10 @@ class RedisStore:
         near = Near(self._max_bytes) if self._max_bytes else None
         return Link(self, loop, self._address, (self._clock, self._switches), near)
 
-    @property
-    def channel(self) -> str:
-        """Where writes are told of."""
-        return self._channel
-
     def heard(self, near: Near, payload: bytes) -> None:
         """Take note of a write that Redis tells of."""
-        clock, *names = payload.split(b"\n")
-        start = len(next(iter(self._names([""]).values())))
-        near.hear(_instant(clock), [name.decode()[start:] for name in names if name])
+        clock, *names = msgspec.msgpack.decode(payload, type=list[str])
+        near.hear(_instant(clock.encode()), [name.removeprefix(f"{self._together}:tag:") for name in names])
 
 
 class Answer:
@@ -597,9 +599,10 @@ class Link:
         clock, off, *values = reply
         self._store.hear(off)
         answer = Answer(clock, dict(zip(names, values, strict=True)))
-        if self._listens and self.near is not None and answer.instant is not None:
-            self.near.confirm(answer.instant, sent + _NEAR_LEASE)
+        if answer.instant is not None:
             self._store.saw(answer.instant)
+            if self._listens and self.near is not None:
+                self.near.confirm(answer.instant, sent + _NEAR_LEASE)
         for reader in waiting:
             reader.set_result(answer)
 
