@@ -331,7 +331,7 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
         worth = "not valid: the cache was cleared, or Redis emptied"
     elif written:
         worth = f"not valid: {', '.join(written)} was written since"
-    elif now - entry.created >= entry.ttl:
+    elif not entry.is_fresh(now):
         worth = "not valid: expired"
     else:
         worth = "valid"

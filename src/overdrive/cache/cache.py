@@ -261,10 +261,10 @@ class Cache:
         trust = policy.trust
         if not self.enabled or trust.due or self.invalidator.is_behind:
             return None
-        if self.store.off and self.is_off(policy.route):
+        if self.is_off(policy.route):
             return None
         entry = self.store.held(key)
-        if entry is None or self.clock() - entry.created >= entry.ttl:
+        if entry is None or not entry.is_fresh(self.clock()):
             return None
         trust.at_once += 1
         if trust.verify:
@@ -295,7 +295,9 @@ class Cache:
             turn = self._judged(await self.store.load(key, fingerprint))
             if self.is_off(route):
                 return Turn(turn.instant, None, None, is_off=True)
-            if alone or turn.entry is not None or self._is_late_by_less(turn.expired, stale):
+            if alone or turn.entry is not None:
+                return turn
+            if turn.expired is not None and turn.expired.is_fresh(self.clock(), stale):
                 return turn
             until = until or patience()
             flight, leads = self.flights.join((key, fingerprint), turn.instant)
@@ -314,7 +316,7 @@ class Cache:
         entry, instant = self.store.held(key), self.store.seen()
         if entry is None or instant is None or entry.fingerprint != fingerprint or self.is_off(route):
             return None
-        return Turn(instant, State.FRESH, entry) if self.clock() - entry.created < entry.ttl else None
+        return Turn(instant, State.FRESH, entry) if entry.is_fresh(self.clock()) else None
 
     def _judged(self, found: Found) -> Turn:
         entry, instant, versions = found
@@ -322,9 +324,6 @@ class Cache:
         if state is State.EXPIRED:
             return Turn(instant, state, None, expired=entry)
         return Turn(instant, state, entry if state is State.FRESH else None)
-
-    def _is_late_by_less(self, entry: Entry | None, stale: float) -> bool:
-        return entry is not None and self.clock() - entry.created - entry.ttl < stale
 
     async def _take_off(self, flight: Flight, turn: Turn, key: str, fingerprint: str, until: float) -> Turn:
         """Let the caller make the entry, unless another process does."""

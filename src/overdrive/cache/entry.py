@@ -66,7 +66,11 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
         """Judge the entry by the clock, and by the epoch and versions of its tags as they are now."""
         if self.is_outdated(epoch, versions):
             return State.INVALIDATED
-        return State.FRESH if now - self.created < self.ttl else State.EXPIRED
+        return State.FRESH if self.is_fresh(now) else State.EXPIRED
+
+    def is_fresh(self, now: float, stale: float = 0) -> bool:
+        """Say whether it is within its time to live, or past it for less than `stale` seconds."""
+        return now - self.created - self.ttl < stale
 
     def is_outdated(self, epoch: str, versions: Mapping[str, int]) -> bool:
         """Say whether something it read was written, by the epoch and versions of its tags as they are now."""

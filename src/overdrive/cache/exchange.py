@@ -212,10 +212,9 @@ class Exchange:
 
     def _expired(self, entry: Entry, now: float) -> bool:
         """Take an entry that has expired, if it answers yet, and say whether; or have it ready for an error."""
-        late = now - entry.created - entry.ttl
-        if late < self.policy.stale_if_error:
+        if entry.is_fresh(now, self.policy.stale_if_error):
             self._fallback = entry
-        answers = self.is_stale = late < self.stale
+        answers = self.is_stale = entry.is_fresh(now, self.stale)
         if answers:
             self.hit(entry, now)
         return answers
