@@ -57,7 +57,6 @@ class LogHandler(logging.Handler):
     level: the lowest level it takes.
     max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
         the stream. An eighth of it is kept for ERROR and above.
-
     tail: with `"errors"`, what a request logs below WARNING is held, in at most 64 KiB of its newest lines, and
         written only if the request raised, was cancelled, was answered with a status of 500 or above, or was slow.
         It takes the context that `Overdrive` gives each request; elsewhere lines are written at once.

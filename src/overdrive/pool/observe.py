@@ -191,13 +191,13 @@ class Observation:
             return
         if facts.rows_read and rows < 1:
             # What is not there yet may come without being named.
-            tables = frozenset(f"{self.name}/{each.table}" for each in facts.rows_read)
+            tables = self._named(each.table for each in facts.rows_read)
             transaction.reads |= tables
             for collector in collectors():
-                collector.tags |= tables
+                _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
-            writes = frozenset(f"{self.name}/{table}" for table in facts.writes)
+            writes = self._named(facts.writes)
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
         if autocommit and facts.writes:
             self._report(transaction.announced, Outcome.COMMITTED)
