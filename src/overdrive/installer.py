@@ -31,7 +31,7 @@ from .config import CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
-from .middleware import LOOKED_UP, Observer, RequestPath
+from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
 from .routes import (
     Site,
@@ -317,11 +317,8 @@ def stand_first(app: FastAPI, observer: Observer) -> None:
         return first
 
     async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and is_first():
-            if (found := observer.found(scope)) is not None:
-                await observer.answer(*found, scope, receive, send)
-                return
-            scope[LOOKED_UP] = True
+        if scope["type"] == "http" and is_first() and await observer.answers(scope, send):
+            return
         await FastAPI.__call__(self, scope, receive, send)
 
     # It looks like the one it was.

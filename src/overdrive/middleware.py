@@ -20,15 +20,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .cache.entry import Entry
 from .cache.exchange import Exchange, replayed, wishes_of
-from .context import RequestContext, current, serving
+from .context import Outcome, RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
 from .log.logger import bind_event, let_event_go, log_event
 from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
-    from .cache.entry import Entry
     from .caching import Known
     from .installer import Installation
 
@@ -44,8 +44,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 #: Where a scope tells a mounted app's Observer that it is being observed.
 _OBSERVED = "overdrive"
 
-#: Where a scope tells the Observer that there is nothing to answer with at once.
-LOOKED_UP = "overdrive.looked_up"
+#: Where a scope says that it was looked up by the Observer, and what the store has answered, if it was asked.
+_FOUND = "overdrive.found"
 
 
 class Observer:
@@ -67,37 +67,62 @@ class Observer:
             return
         self._installation.install()
         scope[_OBSERVED] = True
-        if LOOKED_UP not in scope and (found := self.found(scope)) is not None:
-            await self.answer(*found, scope, receive, send)
-        else:
+        if _FOUND in scope or not await self.answers(scope, send):
             await self._serve(self.app, scope, receive, send)
 
-    def found(self, scope: Scope) -> tuple[Known, Entry] | None:
-        """Return what answers a request at once."""
+    async def answers(self, scope: Scope, send: Send) -> bool:
+        """Answer from the cache, if it can, and say whether: nothing between here and the router should have a look."""
+        scope[_FOUND] = None
         # What tells tenants apart may fail, and then has the app's own answer.
         known = self._installation.known(scope, None) if self._is_innermost else None
-        entry = self._installation.cache.held(known.policy, known.key) if known is not None else None
-        return (known, entry) if known is not None and entry is not None else None
+        if known is None:
+            return False
+        cache, started = self._installation.cache, time.perf_counter()
+        entry = cache.held(known.policy, known.key)
+        if entry is None:
+            try:
+                found = await cache.glance(known.policy, known.key)
+            except asyncio.CancelledError:
+                self._tell_cancelled(_context_of(scope, self._installation), started)
+                raise
+            if not isinstance(found, Entry):
+                scope[_FOUND] = found
+                return False
+            entry = found
+        await self._answer(known, entry, started, scope, send)
+        return True
 
-    async def answer(self, known: Known, entry: Entry, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer from the cache at once: there is nothing between here and the router that should have a look."""
+    async def _answer(self, known: Known, entry: Entry, started: float, scope: Scope, send: Send) -> None:
         installation, policy = self._installation, known.policy
         start, body = replayed(entry, policy, installation.cache.clock(), wishes_of(scope["headers"]))
         _tell_route(scope, known)
-        if not self._is_heard() and not installation.log.trust_request_id and not installation.log.server_timing:
-            start["headers"].append((installation.request_id_header, _new_id().encode()))
-            await send(start)
-            await send(body)
+        if self._is_heard() or installation.log.trust_request_id or installation.log.server_timing:
+            context = _context_of(scope, installation)
+            context.route, context.cache_status, context.status = policy.route, "hit", start["status"]
+            await self._replay(start, body, context, started, send)
             return
+        start["headers"].append((installation.request_id_header, _new_id().encode()))
+        await send(start)
+        await send(body)
 
-        async def replay(_scope: Scope, _receive: Receive, send: Send) -> None:
-            context = current()
-            assert context is not None
-            context.route, context.cache_status = known.policy.route, "hit"
+    async def _replay(self, start: Message, body: Message, context: RequestContext, started: float, send: Send) -> None:
+        """Send an answer and tell its event, in less time than `_serve`, which has anything to expect of an app."""
+        self._installation.begin(context)
+        self._mark(start["headers"], context, started)
+        try:
             await send(start)
+            context.bytes_sent = len(body["body"])
             await send(body)
+        except BaseException as error:
+            context.outcome = _outcome_of(error, gone=isinstance(error, OSError))
+            raise
+        finally:
+            context.duration = time.perf_counter() - started
+            self._tell(context)
 
-        await self._serve(replay, scope, receive, send)
+    def _tell_cancelled(self, context: RequestContext, started: float) -> None:
+        context.outcome, context.duration = "cancelled", time.perf_counter() - started
+        self._tell(context)
 
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -112,7 +137,6 @@ class Observer:
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation
         context = _context_of(scope, installation)
-        id_header = installation.request_id_header, context.request_id.encode()
         installation.begin(context)
         complete = gone = False
 
@@ -123,10 +147,8 @@ class Observer:
             if kind == "http.response.start":
                 context.status = message["status"]
                 # A new message: an app may send the same one to everybody.
-                message = {**message, "headers": [*message.get("headers", ()), id_header]}
-                if installation.log.server_timing:
-                    timing = _server_timing(context, time.perf_counter() - started)
-                    message["headers"].append((b"server-timing", timing))
+                message = {**message, "headers": [*message.get("headers", ())]}
+                self._mark(message["headers"], context, started)
             elif kind == "http.response.body":
                 context.bytes_sent += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
@@ -147,17 +169,20 @@ class Observer:
                     context.outcome = "error"
                 elif not complete and scope["type"] == "http":
                     context.outcome = "disconnected"
-            except asyncio.CancelledError:
-                context.outcome = "cancelled"
-                raise
-            except BaseException:
-                context.outcome = "disconnected" if gone else "error"
+            except BaseException as error:
+                context.outcome = _outcome_of(error, gone=gone)
                 raise
             finally:
                 context.duration = time.perf_counter() - started
                 if context.tails is not None:
                     end_tails(context)
                 self._tell(context)
+
+    def _mark(self, headers: list[Any], context: RequestContext, started: float) -> None:
+        installation = self._installation
+        headers.append((installation.request_id_header, context.request_id.encode()))
+        if installation.log.server_timing:
+            headers.append((b"server-timing", _server_timing(context, time.perf_counter() - started)))
 
     def _is_heard(self) -> bool:
         return listening() or self._is_logged()
@@ -180,6 +205,12 @@ class Observer:
             bind_event(installation.events_to, context)
         else:
             log_event(request_log, context)
+
+
+def _outcome_of(error: BaseException, *, gone: bool) -> Outcome:
+    if isinstance(error, asyncio.CancelledError):
+        return "cancelled"
+    return "disconnected" if gone else "error"
 
 
 def _is_kept(context: RequestContext, share: float) -> bool:
@@ -271,7 +302,7 @@ class RequestPath:
         if (known := self._installation.known(scope, context.tenant)) is not None:
             wishes = wishes_of(scope["headers"])
             exchange = Exchange(self._installation.cache, known.policy, known.key, context, wishes)
-            await exchange.look_up()
+            await exchange.look_up(scope.get(_FOUND))
             context.exchange = exchange
             if exchange.entry is not None:
                 context.route = known.policy.route

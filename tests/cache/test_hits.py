@@ -20,12 +20,14 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match
 from support import Item, client, recorded
 
-from overdrive import CursorPage, Overdrive, SessionDep, cached, get_session, paginate
+from overdrive import CursorPage, Overdrive, SessionDep, Settings, cached, get_session, paginate
 from overdrive.cache.key import Shortcuts
+from overdrive.cache.redis import RedisStore
+from overdrive.config import CacheSettings
 from overdrive.installer import Installation
 from overdrive.instrumentation.events import RequestEvent
-from overdrive.middleware import Observer
-from overdrive.testing import Clock
+from overdrive.middleware import Observer, RequestPath
+from overdrive.testing import Clock, recorded_events
 
 pytestmark = pytest.mark.anyio
 
@@ -497,8 +499,8 @@ def counting(calls: list[str]) -> Any:
     return counted
 
 
-def small(app: FastAPI) -> FastAPI:
-    Overdrive(app, cache=True)
+def small(app: FastAPI, settings: Settings | None = None) -> FastAPI:
+    Overdrive(app, cache=True, settings=settings)
 
     @app.get("/")
     @cached
@@ -534,13 +536,13 @@ async def test_a_patched_fastapi_is_asked_on_every_hit(monkeypatch: pytest.Monke
 async def test_a_request_is_looked_up_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     app = small(FastAPI())
     looks: list[str] = []
-    found = Observer.found
+    answers = Observer.answers
 
-    def noted(self: Observer, scope: Any) -> Any:
+    async def noted(self: Observer, scope: Any, send: Any) -> bool:
         looks.append(scope["path"])
-        return found(self, scope)
+        return await answers(self, scope, send)
 
-    monkeypatch.setattr(Observer, "found", noted)
+    monkeypatch.setattr(Observer, "answers", noted)
     overdrive = Installation.of(app).runtime
     assert overdrive is not None
     for number, patched in enumerate((False, True), start=1):
@@ -551,6 +553,67 @@ async def test_a_request_is_looked_up_and_counted_once(monkeypatch: pytest.Monke
         assert len(looks) == 3 * number
     counts = overdrive.cache.statistics()["GET /"]
     assert (counts["misses"], counts["at_once"]) == (1, 5)
+
+
+@pytest.fixture
+def elsewhere(redis_url: str) -> Settings:
+    """Settings with which each hit asks Redis."""
+    return Settings.load(redis_url=redis_url, cache=CacheSettings(max_bytes=0))
+
+
+def store_of(app: FastAPI) -> RedisStore:
+    overdrive = Installation.of(app).runtime
+    assert overdrive is not None
+    assert isinstance(overdrive.cache.store, RedisStore)
+    return overdrive.cache.store
+
+
+async def test_a_store_elsewhere_is_asked_once_before_fastapi(
+    elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, calls = small(FastAPI(), elsewhere), list[str]()
+    served = RequestPath.__call__
+
+    async def noted(self: RequestPath, scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope["path"])
+        await served(self, scope, receive, send)
+
+    monkeypatch.setattr(RequestPath, "__call__", noted)
+    async with client(app) as http:
+
+        async def trips(mark: str) -> int:
+            before = store_of(app).trips
+            assert (await http.get("/")).headers["x-cache"] == mark
+            return store_of(app).trips - before
+
+        await trips("miss")
+        assert ([await trips("hit") for _ in range(3)], len(calls)) == ([1, 1, 1], 1)
+        await store_of(app).clear()
+        # What was found is not asked for again: the lease is taken with another look, then come versions, entry, lease.
+        assert await trips("miss") == 1 + 2 + 3
+    await store_of(app).aclose()
+
+
+async def test_a_request_that_is_cancelled_while_the_store_is_asked_has_its_event(
+    elsewhere: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, asked = small(FastAPI(), elsewhere), asyncio.Event()
+    await marks(app)
+
+    async def silent(*_: Any) -> Any:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(RedisStore, "load", silent)
+    async with client(app) as http:
+        with recorded_events() as events:
+            request = asyncio.ensure_future(http.get("/"))
+            await asyncio.wait_for(asked.wait(), 10)
+            request.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await request
+    assert [(event.path, event.outcome) for event in events if isinstance(event, RequestEvent)] == [("/", "cancelled")]
+    await store_of(app).aclose()
 
 
 async def test_what_patches_fastapi_later_is_asked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,7 +235,7 @@ class Cache:
         """Return the write clock as this process last saw it, without asking anyone."""
         return self.store.seen()
 
-    async def look_up(self, exchange: Exchange) -> None:
+    async def look_up(self, exchange: Exchange, found: Found | None = None) -> None:
         """Find the entry that answers this request, and note on `exchange` how the look-up went."""
         if not self.enabled:
             exchange.bypass("off")
@@ -248,6 +248,7 @@ class Cache:
                 route=exchange.policy.route,
                 # Nobody is sent another's response in shadow.
                 alone=exchange.policy.trust.mode == "shadow",
+                found=found,
             )
         except StoreUnavailable:
             # The store has said why, and fails at once until it answers again.
@@ -258,18 +259,32 @@ class Cache:
 
     def held(self, policy: Policy, key: str) -> Entry | None:
         """Return what answers a request now, if it is in this process; asks nobody."""
-        trust = policy.trust
-        if not self.enabled or trust.due or self.invalidator.is_behind:
-            return None
-        if self.is_off(policy.route):
+        if not self._answers_at_once(policy):
             return None
         entry = self.store.held(key)
         if entry is None or not entry.is_fresh(self.clock()):
             return None
-        trust.at_once += 1
-        if trust.verify:
-            trust.decide()
+        policy.trust.answered_at_once()
         return entry
+
+    async def glance(self, policy: Policy, key: str) -> Entry | Found | None:
+        """Return what answers a request now, by one question to the store; else its answer, for `look_up`."""
+        if not self._answers_at_once(policy):
+            return None
+        try:
+            found = await self.store.load(key, policy.plan.fingerprint)
+        except StoreUnavailable:
+            return None
+        entry = self._judged(found).entry
+        # What is switched off is heard with the answer.
+        if entry is None or self.is_off(policy.route):
+            return found
+        policy.trust.answered_at_once()
+        self._report_in_time()
+        return entry
+
+    def _answers_at_once(self, policy: Policy) -> bool:
+        return self.enabled and not (policy.trust.due or self.invalidator.is_behind or self.is_off(policy.route))
 
     def is_off(self, route: str | None) -> bool:
         """Say whether a route was switched off, or, where it is None, everything."""
@@ -277,22 +292,31 @@ class Cache:
         return bool(off) and is_off(off, route)
 
     async def find(
-        self, key: str, fingerprint: str, *, stale: float = 0, route: str | None = None, alone: bool = False
+        self,
+        key: str,
+        fingerprint: str,
+        *,
+        stale: float = 0,
+        route: str | None = None,
+        alone: bool = False,
+        found: Found | None = None,
     ) -> Turn:
         """Return what answers, or whose turn it is to make it; all who ask at once get it from one execution.
 
         stale: seconds after its end in which an entry that nothing has outdated answers, too.
         route: what may have been switched off.
         alone: do not wait for others, nor have them wait.
+        found: what the store has answered already.
 
         Raises what that execution has raised, and `StoreUnavailable`.
         """
         await self.invalidator.catch_up()
-        if (near := self._near(key, fingerprint, route)) is not None:
+        if found is None and (near := self._near(key, fingerprint, route)) is not None:
             return near
         until: float | None = None
         while True:
-            turn = self._judged(await self.store.load(key, fingerprint))
+            turn = self._judged(found or await self.store.load(key, fingerprint))
+            found = None
             if self.is_off(route):
                 return Turn(turn.instant, None, None, is_off=True)
             if alone or turn.entry is not None:

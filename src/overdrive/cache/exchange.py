@@ -19,6 +19,7 @@ from .shadow import differs
 
 if TYPE_CHECKING:
     from .cache import Cache, Turn
+    from .store import Found
 
 logger = logging.getLogger("overdrive")
 
@@ -151,14 +152,17 @@ class Exchange:
         self._storing = False
         self._chunks: list[bytes] = []
 
-    async def look_up(self) -> None:
-        """Set `entry` to what answers this request, if there is such an entry."""
+    async def look_up(self, found: Found | None = None) -> None:
+        """Set `entry` to what answers this request, if there is such an entry.
+
+        found: what the store has answered already.
+        """
         if self.context.wrote:
             self.bypass("wrote")
         elif self.policy.trust.mode == "off":
             self.bypass("off")
         else:
-            await self._cache.look_up(self)
+            await self._cache.look_up(self, found)
 
     # What the cache notes here
 

@@ -79,6 +79,12 @@ class Trust:
         self.decide()
         return "verify" if due else None
 
+    def answered_at_once(self) -> None:
+        """Count a hit that was answered before the app's own call, and decide on the next."""
+        self.at_once += 1
+        if self.verify:
+            self.decide()
+
     def count(self, mark: str, why: str) -> None:
         """Count a request that was not answered before routing: hit, miss or bypass, and why."""
         match mark:
