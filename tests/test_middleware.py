@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -439,3 +441,16 @@ def test_on_a_socket_every_line_carries_the_id_of_its_response(sqlite_url: str, 
     assert [line["outcome"] for line in of(endless, "overdrive.request")] == ["disconnected"]
     # What the server says after the app has shut down is written too.
     assert lines[-1]["message"].startswith("Finished server process")
+
+
+def test_ids_differ_whoever_seeds_or_forks() -> None:
+    script = (
+        "import os, random, sys; from overdrive.middleware import _new_id\n"
+        "for _ in range(2):\n    random.seed(1); print(_new_id())\n"
+        "child = os.fork(); print(_new_id()); sys.stdout.flush()\n"
+        "child and os.waitpid(child, 0)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, check=True) for _ in range(2)]
+    ids = [line for run in runs for line in run.stdout.splitlines()]
+    # What was printed before the fork is in the buffers of both.
+    assert len(set(ids)) == 8

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import os
+import random
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -242,8 +243,14 @@ def _tell_route(scope: Scope, known: Known) -> None:
         span.update_name(f"{scope['method']} {route}")
 
 
+#: Ids are to be different, not to be secret. Of its own: nobody's `random.seed` makes two workers' the same.
+_ids = random.Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_ids.seed)
+
+
 def _new_id() -> str:
-    return os.urandom(8).hex()
+    return _ids.randbytes(8).hex()
 
 
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
