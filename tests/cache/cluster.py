@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
 import time
@@ -46,7 +45,7 @@ class RedisCluster:
         directory = self._directory / str(node)
         directory.mkdir(exist_ok=True)
         port = self.ports[node]
-        command = [shutil.which("redis-server") or servers._redis_binary(), "--bind", "127.0.0.1", "--port", str(port)]
+        command = [servers.redis_binary(), "--bind", "127.0.0.1", "--port", str(port)]
         command += ["--dir", directory, "--save", "", "--appendonly", "no", "--cluster-enabled", "yes"]
         command += ["--cluster-require-full-coverage", "no", "--cluster-node-timeout", "3000"]
         self._running[node].enter_context(

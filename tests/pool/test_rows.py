@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import (
-    Engine,
-    ForeignKey,
-    Identity,
-    and_,
-    bindparam,
-    delete,
-    exists,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy.dialects import postgresql
+from pool.actions import READS, WRITES, Action, Base, User, filled, reads, writes
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import (
-    DeclarativeBase,
-    Mapped,
-    Session,
-    aliased,
-    joinedload,
-    mapped_column,
-    relationship,
-    selectinload,
-)
+from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
 from overdrive.context import collecting
@@ -43,54 +20,6 @@ from overdrive.pool.engine import create_sync_engine
 from overdrive.pool.observe import Outcome, observe
 from overdrive.pool.rows import condensed
 from overdrive.pool.statement import facts_of
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Country(Base):
-    __tablename__ = "rows_countries"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-
-class User(Base):
-    __tablename__ = "rows_users"
-    id: Mapped[int] = mapped_column(Identity(start=100), primary_key=True)
-    name: Mapped[str]
-    country_id: Mapped[int | None] = mapped_column(
-        ForeignKey("rows_countries.id", ondelete="CASCADE", onupdate="CASCADE")
-    )
-    country: Mapped[Country | None] = relationship()
-    posts: Mapped[list[Post]] = relationship(back_populates="user", passive_deletes=True)
-
-
-class Post(Base):
-    __tablename__ = "rows_posts"
-    id: Mapped[int] = mapped_column(Identity(start=100), primary_key=True)
-    title: Mapped[str]
-    user_id: Mapped[int | None] = mapped_column(ForeignKey("rows_users.id", ondelete="SET NULL", onupdate="CASCADE"))
-    user: Mapped[User | None] = relationship(back_populates="posts")
-
-
-class Place(Base):
-    __tablename__ = "rows_places"
-    row: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-
-class Token(Base):
-    __tablename__ = "rows_tokens"
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    name: Mapped[str]
-
-
-class Code(Base):
-    __tablename__ = "rows_codes"
-    code: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
 
 
 class Recorder:
@@ -123,136 +52,6 @@ def engine(postgres_url: str, recorder: Recorder) -> Iterator[Engine]:
 
 
 IDS = st.integers(1, 4)
-TOKENS = [uuid.UUID(int=number) for number in range(4)]
-
-Action = Callable[[Session], Any]
-
-
-def rows_of(result: Any) -> list[tuple[Any, ...]]:
-    return sorted(map(repr, map(tuple, result)))  # type: ignore[arg-type]
-
-
-def shown(entity: Any) -> Any:
-    return None if entity is None else {c.key: getattr(entity, c.key) for c in entity.__table__.columns}
-
-
-def reads(i: int, j: int) -> dict[str, Action]:
-    """What is read of rows i and j, in all the ways that come near to a primary key."""
-    author = aliased(User)
-    return {
-        "get": lambda s: shown(s.get(User, i)),
-        "get composite": lambda s: shown(s.get(Place, (i, j))),
-        "get uuid": lambda s: shown(s.get(Token, TOKENS[i - 1])),
-        "get text": lambda s: shown(s.get(Code, "ab"[i % 2])),
-        "columns": lambda s: rows_of(s.execute(select(User.name).where(User.id == i))),
-        "and more": lambda s: rows_of(s.execute(select(User.id).where(User.id == i, User.name == f"user {j}"))),
-        "either": lambda s: rows_of(s.execute(select(User.id, User.name).where(or_(User.id == i, User.id == j)))),
-        "one half": lambda s: rows_of(s.execute(select(Place.name).where(Place.row == i))),
-        "both halves": lambda s: rows_of(s.execute(select(Place.name).where(and_(Place.row == i, Place.number == j)))),
-        "count": lambda s: s.scalar(select(func.count()).select_from(User).where(User.id == i)),
-        "exists": lambda s: s.scalar(select(exists().where(User.id == i))),
-        "alias": lambda s: rows_of(s.execute(select(author.name).where(author.id == i))),
-        "joined": lambda s: [
-            (shown(u), shown(u.country))
-            for u in s.scalars(select(User).where(User.id == i).options(joinedload(User.country)))
-        ],
-        "collection": lambda s: [
-            (shown(u), [shown(p) for p in sorted(u.posts, key=lambda p: p.id)])
-            for u in s.scalars(select(User).where(User.id == i).options(selectinload(User.posts)))
-        ],
-        "lazy": lambda s: (p := s.get(Post, i)) and shown(p.user),
-        "inner join": lambda s: rows_of(s.execute(select(User.name, Post.title).join(User.posts).where(User.id == i))),
-        "from the other side": lambda s: rows_of(s.execute(select(Post.title).join(Post.user).where(User.id == i))),
-        "with itself": lambda s: rows_of(
-            s.execute(select(User.name, author.name).join(author, author.id == User.id + 1).where(User.id == i))
-        ),
-        "subquery": lambda s: rows_of(
-            s.execute(select(User.name).where(User.id == i, User.name.in_(select(User.name).where(User.id == j))))
-        ),
-        "scalar subquery": lambda s: rows_of(
-            s.execute(
-                select(User.name, select(func.max(author.name)).where(author.id == j).scalar_subquery()).where(
-                    User.id == i
-                )
-            )
-        ),
-        "scalar subquery of the same": lambda s: rows_of(
-            s.execute(
-                select(Place.name, select(func.max(User.name)).where(User.id == j).scalar_subquery()).where(
-                    Place.row == 1, Place.number == 1
-                )
-            )
-        ),
-        "all": lambda s: rows_of(s.execute(select(User.id, User.name))),
-    }
-
-
-def changed(entity: Any, **values: Any) -> None:
-    if entity is not None:
-        for name, value in values.items():
-            setattr(entity, name, value)
-
-
-def removed(session: Session, entity: Any) -> None:
-    if entity is not None:
-        session.delete(entity)
-
-
-def writes(i: int, j: int, name: str) -> dict[str, Action]:
-    """Every way of writing that the rows above may meet."""
-    users = User.__table__
-    upsert = postgresql.insert(User).values(id=i, name=name)
-    return {
-        "unit of work": lambda s: changed(s.get(User, i), name=name),
-        "delete": lambda s: removed(s, s.get(User, i)),
-        "delete what is referred to": lambda s: removed(s, s.get(Country, i)),
-        "update by key": lambda s: s.execute(update(User).where(User.id == i).values(name=name)),
-        "update by key and more": lambda s: s.execute(
-            update(User).where(User.id == i, User.name != name).values(name=name)
-        ),
-        "update of two": lambda s: s.execute(update(User).where(or_(User.id == i, User.id == j)).values(name=name)),
-        "update of all": lambda s: s.execute(update(User).values(name=name)),
-        "update of a name": lambda s: s.execute(update(User).where(User.name == f"user {i}").values(name=name)),
-        "update of a key": lambda s: s.execute(update(User).where(User.id == i).values(id=i + 10)),
-        "update of a key in parts": lambda s: s.execute(
-            update(Place).where(Place.row == i, Place.number == j).values(number=j + 10)
-        ),
-        "update in order": lambda s: s.execute(
-            update(User).where(User.id == i).ordered_values((User.name, name), (User.id, i + 20))
-        ),
-        "bulk by key": lambda s: s.execute(update(User), [{"id": i, "name": name}, {"id": j, "name": name}]),
-        "executemany": lambda s: s.connection().execute(
-            update(users).where(users.c.id == bindparam("which")),
-            [{"which": i, "name": name}, {"which": j, "name": name}],
-        ),
-        "core delete": lambda s: s.execute(delete(User).where(User.id == i)),
-        "core delete of a parent": lambda s: s.execute(delete(Country).where(Country.id == i)),
-        "renumbered parent": lambda s: s.execute(update(Country).where(Country.id == i).values(id=i + 10)),
-        "upsert": lambda s: s.execute(upsert.on_conflict_do_update(index_elements=[User.id], set_={"name": name})),
-        "insert": lambda s: s.execute(insert(User).values(name=name)),
-        "insert with a key": lambda s: s.execute(upsert.on_conflict_do_nothing()),
-        "add": lambda s: s.add(Post(title=name, user_id=None)),
-        "place": lambda s: changed(s.get(Place, (i, j)), name=name),
-        "token": lambda s: changed(s.get(Token, TOKENS[i - 1]), name=name),
-        "text": lambda s: s.execute(update(Code).where(Code.code == "ab"[i % 2]).values(name=name)),
-        "move": lambda s: changed(s.get(Post, i), user_id=None),
-    }
-
-
-READS, WRITES = sorted(reads(1, 1)), sorted(writes(1, 1, ""))
-
-
-def filled(session: Session) -> None:
-    for table in reversed(Base.metadata.sorted_tables):
-        session.execute(delete(table))
-    session.execute(insert(Country), [{"id": n, "name": f"country {n}"} for n in range(1, 5)])
-    # Rows 4 are missing.
-    session.execute(insert(User), [{"id": n, "name": f"user {n}", "country_id": n} for n in range(1, 4)])
-    session.execute(insert(Post), [{"id": n, "title": f"post {n}", "user_id": n} for n in range(1, 4)])
-    session.execute(insert(Place), [{"row": r, "number": n, "name": "place"} for r in (1, 2) for n in (1, 2)])
-    session.execute(insert(Token), [{"id": each, "name": "token"} for each in TOKENS[:3]])
-    session.execute(insert(Code), [{"code": each, "name": "code"} for each in "ab"])
-    session.commit()
 
 
 def read(engine: Engine, action: Action) -> tuple[Any, set[str]]:

