@@ -181,7 +181,8 @@ async def test_a_write_that_redis_did_not_hear_of_is_never_served_over(
         raise StoreUnavailable("lost on the way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.overdrive.cache.store, "bump", lost)
+        for announcing in ("mark", "bump"):
+            patch.setattr(service.overdrive.cache.store, announcing, lost)
         assert await service.write(add) == 200
         answer = await service.get()
         assert (answer.json(), answer.headers["cache-status"]) == (["first", "new"], AWAY)

@@ -1,8 +1,8 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
-`tag:*` (the write a tag was last named by), `entry:*`, `lease:*` (who is making an entry), `off` (what is switched
-off, a line each) and `counts` (of all workers, a hash).
+`tag:*` (the write a tag was last named by, and behind it the marks for which it is pending), `entry:*`, `lease:*` (who
+is making an entry), `off` (what is switched off, a line each) and `counts` (of all workers, a hash).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
@@ -31,7 +31,7 @@ from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
 from .near import Near
-from .store import NOBODY_WAITS, Claim, Found, StoreUnavailable
+from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, StoreUnavailable
 
 try:
     from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
@@ -92,34 +92,85 @@ end
 local epoch, now = string.match(clock, '(%S+) (%d+)')
 """
 
-# Returns the clock and the tags' stamps.
+# What scripts that look at tags have in common. A tag's value is its stamp, and ` token=deadline` for each mark.
+_TAGS = f"""{_CLOCK}
+local time = redis.call('TIME')
+local milliseconds = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function marks_of(value, settled)
+    local open, over = '', false
+    for token, deadline in string.gmatch(value or '', ' (%x+)=(%d+)') do
+        if token ~= settled and tonumber(deadline) > milliseconds then
+            open = open .. ' ' .. token .. '=' .. deadline
+        else
+            over = true
+        end
+    end
+    return open, over
+end
+
+local function move()
+    now = string.format('%.0f', now + 1)
+    clock = epoch .. ' ' .. now
+    redis.call('SET', KEYS[1], clock)
+end
+
+-- Where the user may use no channels, nobody can listen to one either.
+local function tell(told)
+    redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
+end
+"""
+
+# KEYS: clock, tags..., a channel. Returns the clock and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
 # holds this very stamp is right, since no write came after it. So does a tag whose stamp is ahead of the clock:
-# it is of an earlier epoch, and no fill could be older than it.
-_VERSIONS = _Script(f"""{_CLOCK}
-local answer = {{clock}}
-for i = 2, #KEYS do
-    local stamp = redis.call('GET', KEYS[i])
-    if not stamp or tonumber(stamp) > tonumber(now) then
+# it is of an earlier epoch, and no fill could be older than it. A mark that has run out is a write that nobody has
+# said the end of: it may have become visible at any moment until now, so the tag is stamped anew. No entry holds the
+# stamp it had, and nobody need hear of the tag.
+_VERSIONS = _Script(f"""{_TAGS}
+local answer, over = {{}}, {{}}
+for i = 2, #KEYS - 1 do
+    local value = redis.call('GET', KEYS[i])
+    local open, expired = marks_of(value)
+    local stamp = string.match(value or '', '^%d+')
+    if open ~= '' then
+        stamp = 'pending'
+    elseif expired then
+        over[#over + 1] = i
+    elseif not stamp or tonumber(stamp) > tonumber(now) then
         stamp = now
         redis.call('SET', KEYS[i], stamp)
     end
     answer[i] = stamp
 end
+if #over > 0 then
+    move()
+    for _, i in ipairs(over) do
+        redis.call('SET', KEYS[i], now)
+        answer[i] = now
+    end
+    tell({{clock}})
+end
+answer[1] = clock
 return answer
 """)
 
-# The last KEYS is a channel. Returns the clock. Where the user may use no channels, nobody can listen to one either.
-_BUMP = _Script(f"""{_CLOCK}
-now = string.format('%.0f', now + 1)
-clock = epoch .. ' ' .. now
-redis.call('SET', KEYS[1], clock)
-local told = {{clock}}
+# KEYS: clock, tags..., a channel.  ARGV: an epoch, a mark's token if any, milliseconds for which it is pending: 0 where
+# it is settled. Returns the clock. Who listens is not told of the tags once more when they are settled.
+_STAMP = _Script(f"""{_TAGS}
+move()
+local told, token, pending = {{clock}}, ARGV[2], tonumber(ARGV[3])
 for i = 2, #KEYS - 1 do
-    redis.call('SET', KEYS[i], now)
-    told[i] = KEYS[i]
+    local marks = marks_of(redis.call('GET', KEYS[i]), token)
+    if pending > 0 then
+        marks = marks .. ' ' .. token .. '=' .. string.format('%.0f', milliseconds + pending)
+    end
+    redis.call('SET', KEYS[i], now .. marks)
+    if token == '' or pending > 0 then
+        told[i] = KEYS[i]
+    end
 end
-redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
+tell(told)
 return clock
 """)
 
@@ -283,7 +334,7 @@ class RedisStore:
         await self._demand(self._address, look_up, self._beginning())
 
     def _beginning(self) -> tuple[str | int, ...]:
-        return "EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8)
+        return "EVAL", _VERSIONS.text, 2, self._clock, self.channel, secrets.token_hex(8)
 
     async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
         """Send commands on a connection of their own, whether the breaker is open or not."""
@@ -388,11 +439,11 @@ class RedisStore:
         return {tag: f"{self._together}:tag:{tag}" for tag in tags}
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
-        """Return the epoch and the stamp of each tag, in one round trip, unless a stamp was evicted."""
+        """Return the epoch and the stamp of each tag, in one round trip, unless one is pending or was evicted."""
         names = self._names(tags)
         answer = await self._link().read(names.values())
         stamps = answer.stamps(names)
-        if answer.instant is not None and stamps is not None:
+        if answer.instant is not None and stamps is not None and PENDING not in stamps.values():
             return answer.instant.epoch, stamps
         instant, stamps = await self._stamped(tags)
         return instant.epoch, stamps
@@ -400,7 +451,7 @@ class RedisStore:
     async def _stamped(self, tags: Collection[str]) -> tuple[Instant, dict[str, int]]:
         """Begin a clock and stamp tags where there is none, and return them."""
         clock, *stamps = await self._run(_VERSIONS, tags, patient=False)
-        return _instant(clock), dict(zip(tags, map(int, stamps), strict=True))
+        return _instant(clock), dict(zip(tags, map(_stamp_in, stamps), strict=True))
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
@@ -418,7 +469,24 @@ class RedisStore:
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
-        clock = await self._run(_BUMP, tags, self.channel, patient=True)
+        await self._stamp(tags)
+
+    async def mark(self, mark: Mark) -> None:
+        """Move the clock, stamp the tags with it, and have them pending."""
+        try:
+            await self._stamp(mark.tags, mark.token, int(LONGEST_COMMIT * 1000))
+        except asyncio.CancelledError:
+            # It may have been made, and its commit will not be sent.
+            self.settle(mark)
+            raise
+
+    def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
+        """Move the clock, stamp the tags with it, and have them pending for this mark no longer."""
+        # Who has made the mark has sent the script.
+        return self._link().post("EVALSHA", _STAMP.digest, *self._arguments(mark.tags, mark.token, 0))
+
+    async def _stamp(self, tags: Collection[str], token: str = "", pending: int = 0) -> None:
+        clock = await self._run(_STAMP, tags, token, pending, patient=True)
         if (near := self._link().near) is not None:
             near.wrote(_instant(clock), tags)
 
@@ -467,9 +535,8 @@ class RedisStore:
         if route is not None:
             await route.aclose()
 
-    async def _run(self, script: _Script, tags: Collection[str], *channel: str, patient: bool) -> Any:
-        names = (self._clock, *self._names(tags).values(), *channel)
-        arguments: tuple[str | int, ...] = (len(names), *names, secrets.token_hex(8))
+    async def _run(self, script: _Script, tags: Collection[str], *values: str | int, patient: bool) -> Any:
+        arguments = self._arguments(tags, *values)
         link = self._link()
         try:
             return await link.ask("EVALSHA", script.digest, *arguments, patient=patient)
@@ -477,6 +544,10 @@ class RedisStore:
             if _code(str(error)) != "NOSCRIPT":
                 raise
         return await link.ask("EVAL", script.text, *arguments, patient=patient)
+
+    def _arguments(self, tags: Collection[str], *values: str | int) -> tuple[str | int, ...]:
+        names = (self._clock, *self._names(tags).values(), self.channel)
+        return (len(names), *names, secrets.token_hex(8), *values)
 
     def _link(self) -> Route:
         loop = asyncio.get_running_loop()
@@ -511,13 +582,16 @@ class Answer:
         self.entries: dict[str, Entry] = {}
 
     def stamps(self, names: dict[str, str]) -> dict[str, int] | None:
-        """Return the stamp of each tag; None where one was not asked for, is missing or is ahead of the clock."""
+        """Return the stamp of each tag, or `PENDING`.
+
+        None where one was not asked for, is missing or is ahead of the clock.
+        """
         if self.instant is None:
             return None
         stamps = {}
         for tag, name in names.items():
             value = self.values.get(name)
-            if value is None or (stamp := int(value)) > self.instant.now:
+            if value is None or self.instant.now < (stamp := _stamp_in(value)) != PENDING:
                 return None
             stamps[tag] = stamp
         return stamps
@@ -951,6 +1025,14 @@ def _code(error: str) -> str | None:
 def _is_about_login(error: str) -> bool:
     # A password where Redis has none is an `ERR AUTH <password> called without any password configured`.
     return _code(error) in ("WRONGPASS", "NOAUTH", "NOPERM") or "AUTH" in error
+
+
+def _stamp_in(value: bytes) -> int:
+    """Return the stamp of a tag: only while it is pending there is more than a number."""
+    try:
+        return int(value)
+    except ValueError:
+        return PENDING
 
 
 def _instant(clock: bytes) -> Instant:
