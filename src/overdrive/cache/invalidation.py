@@ -6,13 +6,18 @@ import asyncio
 import enum
 import logging
 import secrets
+import time
 from collections.abc import Collection
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
 from .store import Mark, Store, StoreUnavailable
 
 logger = logging.getLogger("overdrive")
+
+#: Seconds between two attempts to announce what is left over.
+_PAUSE = 0.1
 
 
 class Write(NamedTuple):
@@ -42,6 +47,7 @@ class Invalidator:
         self.strict = strict
         #: Each tag with its last write, as one may be written again while it is being announced.
         self._unannounced: dict[str, object] = {}
+        self._trying: asyncio.Task[None] | None = None
         #: The marks that may be lost, and whether it is known how their commits have ended.
         self._lost: dict[Mark, bool] = {}
 
@@ -80,11 +86,20 @@ class Invalidator:
             return
         self._lost[mark] = is_known
         await self.announce(mark.tags)
+        await self._outlast()
 
     def _settled(self, mark: Mark, settled: asyncio.Future[StoreUnavailable | None]) -> None:
         if settled.cancelled() or settled.result() is not None:
             self._lost[mark] = True
             self._unannounced |= dict.fromkeys(mark.tags, object())
+
+    async def _outlast(self) -> None:
+        """Wait until the others have been told of all writes, or take nothing from the store for want of that."""
+        until = time.monotonic() + (self.store.withdraw() if self.is_behind else 0)
+        while self.is_behind and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _PAUSE))
+            with suppress(StoreUnavailable):
+                await self.catch_up()
 
     async def announce(self, tags: Collection[str]) -> None:
         """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller."""
@@ -93,6 +108,16 @@ class Invalidator:
             await self.catch_up()
         except StoreUnavailable as error:
             logger.error("the cache could not be told of a write and is left alone until it can: %s", error)
+            self.store.withdraw()
+            if self._trying is None or self._trying.done() or self._trying.get_loop() is not asyncio.get_running_loop():
+                self._trying = asyncio.ensure_future(self._try_again())
+
+    async def _try_again(self) -> None:
+        """Announce what is left over as soon as that can be done: until then nobody is served from the store."""
+        while self.is_behind:
+            await asyncio.sleep(_PAUSE)
+            with suppress(StoreUnavailable):
+                await self.catch_up()
 
     async def catch_up(self) -> None:
         """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
@@ -109,3 +134,5 @@ class Invalidator:
         for tag, write in announced.items():
             if self._unannounced.get(tag) is write:
                 del self._unannounced[tag]
+        if not self._unannounced:
+            self.store.rejoin()

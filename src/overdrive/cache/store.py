@@ -126,6 +126,15 @@ class Store(Protocol):
         The future's result is the error that has come of it, if any.
         """
 
+    def withdraw(self) -> float:
+        """Have nothing served to others, as this process has writes that they cannot be told of.
+
+        Returns the seconds until that is so.
+        """
+
+    def rejoin(self) -> None:
+        """Undo `withdraw`, now that they have been told."""
+
     def each_time(self, call: Callable[[], None]) -> None:
         """Have `call` called now and then, where look-ups may stay away since entries are in this process."""
 
@@ -276,6 +285,13 @@ class MemoryStore:
         settled: asyncio.Future[StoreUnavailable | None] = asyncio.get_running_loop().create_future()
         settled.set_result(None)
         return settled
+
+    def withdraw(self) -> float:
+        """Nobody else is served from here."""
+        return 0.0
+
+    def rejoin(self) -> None:
+        """Nobody else is served from here."""
 
     def each_time(self, call: Callable[[], None]) -> None:
         """Nobody else is to be told of anything."""
