@@ -831,7 +831,7 @@ class Link:
         elif code not in self._harmless and self._connection is not None:
             connection, self._connection = self._connection, None
             connection.close(str(error))
-            self._open(_IS_CLUSTER if code in _REDIRECTIONS else str(error))
+            self._open(str(error))
         return error
 
     def fell_behind(self) -> None:
@@ -914,6 +914,8 @@ class Link:
 
     def _open(self, why: str) -> None:
         now = self._loop.time()
+        if _code(why) in _REDIRECTIONS:
+            why = _IS_CLUSTER
         if self._retry_at is None:
             # One that keeps failing right after it was reached is not to be tried ten times a second.
             if now - self._closed_at > _LONGEST_PAUSE:
