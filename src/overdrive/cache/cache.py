@@ -154,6 +154,7 @@ class Cache:
     async def aclose(self) -> None:
         """Give back what the store holds open, and tell those who share it what was counted here."""
         self._report()
+        self.invalidator.close()
         await self.store.aclose()
 
     def _report_in_time(self) -> None:

@@ -76,10 +76,11 @@ class Invalidator:
             if not is_known:
                 return
             settled = self.store.settle(mark)
-            if not settled.done() and not self.strict:
-                settled.add_done_callback(partial(self._settled, mark))
-                return
-            await asyncio.wait([settled])
+            if not settled.done():
+                if not self.strict:
+                    settled.add_done_callback(partial(self._settled, mark))
+                    return
+                await asyncio.wait([settled])
             if settled.result() is None:
                 return
         elif outcome.value == "rolled_back":
@@ -118,6 +119,11 @@ class Invalidator:
             await asyncio.sleep(_PAUSE)
             with suppress(StoreUnavailable):
                 await self.catch_up()
+
+    def close(self) -> None:
+        """Try no longer: what is left over has kept the store from serving others, and they will forget us."""
+        if self._trying is not None and self._trying.get_loop() is asyncio.get_running_loop():
+            self._trying.cancel()
 
     async def catch_up(self) -> None:
         """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
