@@ -210,19 +210,21 @@ def _settings(settings: Settings | None, **given: str | None) -> Settings:
 
 def _cache(settings: Settings, enabled: bool | None) -> Cache:
     options: CacheSettings = settings.cache
+    strict = options.consistency == "strict"
     store: Store
     if settings.redis_url is None:
         store = MemoryStore(options.max_bytes)
     else:
         from .cache.cluster import store_at
 
-        store = store_at(settings.redis_url, options.prefix, bytes_of_process(options.max_bytes))
+        near = 0 if strict else bytes_of_process(options.max_bytes)
+        store = store_at(settings.redis_url, options.prefix, near)
     if enabled is None:
         enabled = options.enabled
     if enabled is None:
         # A test that does not ask for the cache should not meet another test's responses.
         enabled = "PYTEST_VERSION" not in os.environ
-    return Cache(store, enabled=enabled, ttl=options.ttl, max_body=options.max_body)
+    return Cache(store, enabled=enabled, ttl=options.ttl, max_body=options.max_body, strict=strict)
 
 
 def _log_handlers() -> Iterator[LogHandler]:

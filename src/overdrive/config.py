@@ -57,6 +57,9 @@ class CacheSettings(BaseModel):
         What is asked for often stays. With Redis they are there besides, for as long as the process hears of every
         write: other processes' are heard within milliseconds, and nothing is served more than a second after hearing
         has ended. With 0, each hit asks Redis.
+    consistency: what a request may get after a write in another process has been answered. "bounded": what was true
+        before it for as long as Redis takes to tell of the write, and no longer than a second whatever fails.
+        "strict": nothing older, at the price of a round trip to Redis for each hit, and of another for each commit.
     max_body: bytes above which a body is sent but not stored.
     gzip: whether texts of 1 KiB and more are kept as gzip too, for clients that take it.
     hide_status: leave Cache-Status and X-Cache out of what clients are sent.
@@ -72,6 +75,7 @@ class CacheSettings(BaseModel):
     ttl: float = Field(60, gt=0)
     prefix: str = Field("overdrive", min_length=1)
     max_bytes: int | None = Field(None, ge=0)
+    consistency: Literal["bounded", "strict"] = "bounded"
     max_body: int = Field(1_048_576, ge=1)
     gzip: bool = True
     hide_status: bool = False

@@ -16,7 +16,7 @@ from starlette.routing import compile_path
 from .app import Overdrive
 from .cache.exchange import Exchange
 from .cache.key import KeyPlan
-from .cache.store import MemoryStore, StoreUnavailable
+from .cache.store import PENDING, MemoryStore, StoreUnavailable
 from .cache.trust import hits, is_off, requests
 from .caching import identities, key_plan
 from .context import current
@@ -340,5 +340,9 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
         "age": f"{now - entry.created:.1f} s",
         "ttl left": f"{entry.created + entry.ttl - now:.1f} s",
         "bytes": len(entry.body),
-        "tags": {tag: {"then": then, "now": versions.get(tag)} for tag, then in sorted(entry.versions.items())},
+        "tags": {tag: {"then": then, "now": _now(versions.get(tag))} for tag, then in sorted(entry.versions.items())},
     }
+
+
+def _now(version: int | None) -> int | str | None:
+    return "pending" if version == PENDING else version

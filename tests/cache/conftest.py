@@ -15,6 +15,8 @@ def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.module.__name__.rpartition(".")[2] != "test_store_away":
         monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 5.0)
         monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 10.0)
+        monkeypatch.setattr("overdrive.cache.member._LEASE", 3600.0)
+        monkeypatch.setattr("overdrive.cache.member._INTERVAL", 600.0)
 
 
 @pytest.fixture(scope="session")

@@ -57,13 +57,15 @@ def add_routes(service: Service) -> None:
 
 
 @asynccontextmanager
-async def serve(url: str, redis_url: str | None = None, max_bytes: int | None = None) -> AsyncIterator[Service]:
+async def serve(
+    url: str, redis_url: str | None = None, max_bytes: int | None = None, **cache: Any
+) -> AsyncIterator[Service]:
     with tables(url) as database:
         with database.begin() as connection:
             connection.execute(insert(Item).values(name="first"))
             connection.execute(insert(Other).values(name="other"))
         app = FastAPI()
-        settings = Settings.load(database_url=url, redis_url=redis_url, cache={"max_bytes": max_bytes})
+        settings = Settings.load(database_url=url, redis_url=redis_url, cache={"max_bytes": max_bytes, **cache})
         overdrive = Overdrive(app, settings=settings, cache=True)
         async with client(app) as http:
             service = Service(app, overdrive, http, database)

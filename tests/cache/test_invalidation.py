@@ -43,12 +43,28 @@ def cache(store: Faulty) -> Cache:
     return Cache(store)
 
 
+async def committed(cache: Cache) -> None:
+    await cache.invalidator.after(await cache.invalidator.before(WRITES), Outcome.COMMITTED)
+
+
 @pytest.mark.parametrize(
-    ("outcome", "mark"), [(Outcome.COMMITTED, "miss"), (Outcome.UNKNOWN, "miss"), (Outcome.ROLLED_BACK, "hit")]
+    ("deaf", "outcome", "mark"),
+    [
+        (False, Outcome.COMMITTED, "miss"),
+        (False, Outcome.UNKNOWN, "miss"),
+        (True, Outcome.COMMITTED, "miss"),
+        (True, Outcome.UNKNOWN, "miss"),
+        (True, Outcome.ROLLED_BACK, "hit"),
+    ],
 )
-async def test_what_may_have_been_committed_is_announced(cache: Cache, outcome: Outcome, mark: str) -> None:
+async def test_what_may_have_been_committed_is_announced(
+    cache: Cache, store: Faulty, deaf: bool, outcome: Outcome, mark: str
+) -> None:
     await ask(cache)
-    await cache.invalidator.after(await cache.invalidator.before(WRITES), outcome)
+    store.deaf = deaf
+    write = await cache.invalidator.before(WRITES)
+    store.deaf = False
+    await cache.invalidator.after(write, outcome)
     assert await ask(cache) == mark
 
 
@@ -70,7 +86,7 @@ async def test_nothing_is_served_over_an_unannounced_write(
     await ask(cache)
     store.deaf = True
     with caplog.at_level(logging.ERROR, "overdrive"):
-        await cache.invalidator.after(WRITES, Outcome.COMMITTED)
+        await committed(cache)
     assert "could not be told of a write" in caplog.text
     assert [await ask(cache), await ask(cache, "never written")] == ["bypass", "bypass"]
     store.deaf = False
@@ -79,7 +95,7 @@ async def test_nothing_is_served_over_an_unannounced_write(
 
 async def test_writes_that_wait_are_announced_together_and_once(cache: Cache, store: Faulty) -> None:
     store.deaf = True
-    await cache.invalidator.after(WRITES, Outcome.COMMITTED)
+    await committed(cache)
     await cache.invalidate("others")
     store.deaf = False
     await ask(cache)

@@ -44,7 +44,7 @@ def test_what_is_near_was_not_written(data: st.DataObject) -> None:
     now, unheard, valid_at = 0, False, dict[str, tuple[int, set[str]]]()
     stamps: dict[str, int] = {}
     for _ in range(data.draw(st.integers(0, 20))):
-        match data.draw(st.sampled_from(["write", "own write", "lost", "find", "confirm"])):
+        match data.draw(st.sampled_from(["write", "own write", "settled", "lost", "find", "confirm"])):
             case "write":
                 now += 1
                 tags = data.draw(st.sets(st.sampled_from(TAGS)))
@@ -56,6 +56,9 @@ def test_what_is_near_was_not_written(data: st.DataObject) -> None:
                 stamps |= dict.fromkeys(tags, now)
                 near.wrote(Instant("e", now), tags)
                 near.hear(Instant("e", now), tags)
+            case "settled":
+                now += 1
+                near.hear(Instant("e", now), [])
             case "lost":
                 now += 1
                 tags = data.draw(st.sets(st.sampled_from(TAGS)))

@@ -181,7 +181,8 @@ async def test_a_write_that_redis_did_not_hear_of_is_never_served_over(
         raise StoreUnavailable("lost on the way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(service.overdrive.cache.store, "bump", lost)
+        for announcing in ("mark", "bump"):
+            patch.setattr(service.overdrive.cache.store, announcing, lost)
         assert await service.write(add) == 200
         answer = await service.get()
         assert (answer.json(), answer.headers["cache-status"]) == (["first", "new"], AWAY)
@@ -311,6 +312,10 @@ async def pretending(answer: Callable[[Reader, Writer], Awaitable[None]]) -> Asy
         with suppress(ConnectionError, asyncio.IncompleteReadError):
             await reader.readuntil(b"PING\r\n")
             writer.write(b"+PONG\r\n")
+            await reader.readuntil(b"TIME\r\n")
+            writer.write(b"$-1\r\n*2\r\n$1\r\n1\r\n$1\r\n1\r\n")
+            await reader.readuntil(b"ZCARD")
+            writer.write(b"*3\r\n:1\r\n:1\r\n:1\r\n")
             await answer(reader, writer)
             await reader.read()
         writer.close()
@@ -346,8 +351,8 @@ async def test_a_reply_in_parts_is_not_late(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def answer(reader: Reader, writer: Writer) -> None:
         await reader.readuntil(b"MGET\r\n")
-        writer.write(b"*3\r\n$10\r\nepoch")
-        for part in (b" ", b"1", b"2", b"3", b"4", b"\r\n$-1\r\n$-1", b"\r\n"):
+        writer.write(b"*4\r\n$10\r\nepoch")
+        for part in (b" ", b"1", b"2", b"3", b"4", b"\r\n$-1\r\n$4\r\n2000\r\n$-1", b"\r\n"):
             await sleep(0.1)
             writer.write(part)
 

@@ -80,6 +80,7 @@ class Cache:
     ttl: seconds an entry is fresh where its route says nothing.
     max_body: bytes above which a body is not stored.
     clock: seconds since any fixed moment, the same one in every process that shares the store.
+    strict: whether commits wait until the store has heard of their end; see `Invalidator`.
     """
 
     def __init__(
@@ -90,13 +91,14 @@ class Cache:
         ttl: float = 60,
         max_body: int = 1_048_576,
         clock: Callable[[], float] = time.time,
+        strict: bool = False,
     ) -> None:
         self.store = store
         self.enabled = enabled
         self.ttl = ttl
         self.max_body = max_body
         self.clock = clock
-        self.invalidator = Invalidator(store)
+        self.invalidator = Invalidator(store, strict=strict)
         self.flights = Flights()
         self.refreshes = Refreshes()
         self.ledger = Ledger()
@@ -152,6 +154,7 @@ class Cache:
     async def aclose(self) -> None:
         """Give back what the store holds open, and tell those who share it what was counted here."""
         self._report()
+        self.invalidator.close()
         await self.store.aclose()
 
     def _report_in_time(self) -> None:

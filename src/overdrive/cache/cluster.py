@@ -9,15 +9,14 @@ an entry says of itself, that its answer is right while its tags have these stam
 whenever the entry was read. Whether they have them is read from the clock's node, at one moment between the look-up's
 beginning and its end: after every write that was answered before, and before whatever the request reads next.
 
-A replica that takes over may not have heard of the last writes, and a stamp would be what it was before them. The
-clock's node therefore keeps the id of the replication history it was last used under; under another (a replica
-was promoted, the server restarted, the slot moved) the store begins a new epoch before anything is read.
+A replica that takes over may not have heard of the last writes, and a stamp would be what it was before them. So the
+clock's node is asked whether it is the one that was used before (`redis._SAME_HISTORY`) where it may be another: a
+replica that was promoted, a server that restarted, the node that the slot has moved to.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -39,15 +38,6 @@ _SLOTS = 16_384
 _SCHEMES = ("redis+cluster", "rediss+cluster")
 
 _NO_CLUSTER = "cluster support disabled"
-
-# KEYS: clock, history.  ARGV: an epoch, should the history be another one.
-_SAME_HISTORY = """
-local history = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
-if redis.call('GET', KEYS[2]) ~= history then
-    redis.call('SET', KEYS[1], ARGV[1] .. ' 0')
-    redis.call('SET', KEYS[2], history)
-end
-"""
 
 
 def store_at(url: str, prefix: str, max_bytes: int = 0) -> RedisStore:
@@ -94,7 +84,6 @@ class ClusterStore(RedisStore):
         if prefix.startswith("}"):
             raise ConfigurationError("with a Redis Cluster, the cache's prefix must not start with a closing brace")
         self._url = url
-        self._history = f"{self._together}:history"
 
     def _base_of(self, prefix: str) -> str:
         # Names with the same hash tag lie in the same slot.
@@ -117,10 +106,6 @@ class ClusterStore(RedisStore):
     def clock(self) -> str:
         """The clock's name in Redis."""
         return self._clock
-
-    def compare_history(self) -> tuple[str | int, ...]:
-        """Return the command that begins a new epoch where writes may have been forgotten."""
-        return "EVAL", _SAME_HISTORY, 2, self._clock, self._history, secrets.token_hex(8)
 
     async def _visit(self) -> None:
         try:
@@ -329,6 +314,7 @@ class NodeLink(Link):
 
     # A node that refers to another one is well.
     _harmless = (*Link._harmless, "MOVED", "ASK", "TRYAGAIN")
+    _has_members = False
 
     def __init__(
         self,
@@ -337,7 +323,7 @@ class NodeLink(Link):
         loop: asyncio.AbstractEventLoop,
         address: Address,
         host: str,
-        always: tuple[str, str],
+        always: tuple[str, ...],
     ) -> None:
         super().__init__(store, loop, address, always)
         self._cluster = cluster
@@ -347,6 +333,9 @@ class NodeLink(Link):
     def connection(self) -> object:
         """The connection as it is now; None where there is none."""
         return self._connection
+
+    async def _arrive(self, connection: object) -> None:
+        """Only the clock's node is compared, when it is known which one it is."""
 
     def _open(self, why: str) -> None:
         super()._open(why)

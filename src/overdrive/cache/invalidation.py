@@ -2,40 +2,105 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import logging
+import secrets
+import time
 from collections.abc import Collection
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
 
-from .store import Store, StoreUnavailable
+from .store import Mark, Store, StoreUnavailable
 
 logger = logging.getLogger("overdrive")
+
+#: Seconds between two attempts to announce what is left over.
+_PAUSE = 0.1
+
+
+class Write(NamedTuple):
+    """A commit that is on its way.
+
+    is_marked: whether the store has heard of it.
+    """
+
+    mark: Mark
+    is_marked: bool
 
 
 class Invalidator:
     """Announces writes to a store, and remembers those it could not announce.
 
+    store: which is told before a commit, so that nothing that was true before it is served or kept from then on, and
+        once more after it.
+    strict: whether a commit returns only when the store has heard of its end. If not, a request in another process
+        that began with that of the commit may share its answer for as long as the message takes.
+
     It is the cache's side of `pool.observe.CommitObserver`. While a write is unannounced, this process takes
     nothing from the store.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, strict: bool = False) -> None:
         self.store = store
+        self.strict = strict
         #: Each tag with its last write, as one may be written again while it is being announced.
         self._unannounced: dict[str, object] = {}
+        self._trying: asyncio.Task[None] | None = None
+        #: The marks that may be lost, and whether it is known how their commits have ended.
+        self._lost: dict[Mark, bool] = {}
 
     @property
     def is_behind(self) -> bool:
         """Say whether there are writes that the store has not been told of."""
         return bool(self._unannounced)
 
-    async def before(self, writes: frozenset[str]) -> frozenset[str]:
-        """Carry the writes over the commit."""
-        return writes
+    async def before(self, writes: frozenset[str]) -> Write:
+        """Mark what the commit will write."""
+        mark = Mark(secrets.token_hex(8), writes)
+        try:
+            await self.store.mark(mark)
+        except StoreUnavailable:
+            # The commit goes on: what the store could not be told, it may be after it.
+            return Write(mark, is_marked=False)
+        return Write(mark, is_marked=True)
 
-    async def after(self, token: frozenset[str], outcome: enum.Enum) -> None:
-        """Announce what was, or may have been, committed."""
-        if outcome.value != "rolled_back":
-            await self.announce(token)
+    async def after(self, write: Write, outcome: enum.Enum) -> None:
+        """Settle what has ended, and announce what could not be marked.
+
+        What nobody knows the end of stays marked: it may become visible when all have forgotten it.
+        """
+        mark, is_known = write.mark, outcome.value != "unknown"
+        if write.is_marked:
+            if not is_known:
+                return
+            settled = self.store.settle(mark)
+            if not settled.done():
+                if not self.strict:
+                    settled.add_done_callback(partial(self._settled, mark))
+                    return
+                await asyncio.wait([settled])
+            if settled.result() is None:
+                return
+        elif outcome.value == "rolled_back":
+            return
+        self._lost[mark] = is_known
+        await self.announce(mark.tags)
+        await self._outlast()
+
+    def _settled(self, mark: Mark, settled: asyncio.Future[StoreUnavailable | None]) -> None:
+        if settled.cancelled() or settled.result() is not None:
+            self._lost[mark] = True
+            self._unannounced |= dict.fromkeys(mark.tags, object())
+
+    async def _outlast(self) -> None:
+        """Wait until the others have been told of all writes, or take nothing from the store for want of that."""
+        until = time.monotonic() + (self.store.withdraw() if self.is_behind else 0)
+        while self.is_behind and (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, _PAUSE))
+            with suppress(StoreUnavailable):
+                await self.catch_up()
 
     async def announce(self, tags: Collection[str]) -> None:
         """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller."""
@@ -44,12 +109,36 @@ class Invalidator:
             await self.catch_up()
         except StoreUnavailable as error:
             logger.error("the cache could not be told of a write and is left alone until it can: %s", error)
+            self.store.withdraw()
+            if self._trying is None or self._trying.done() or self._trying.get_loop() is not asyncio.get_running_loop():
+                self._trying = asyncio.ensure_future(self._try_again())
+
+    async def _try_again(self) -> None:
+        """Announce what is left over as soon as that can be done: until then nobody is served from the store."""
+        while self.is_behind:
+            await asyncio.sleep(_PAUSE)
+            with suppress(StoreUnavailable):
+                await self.catch_up()
+
+    def close(self) -> None:
+        """Try no longer: what is left over has kept the store from serving others, and they will forget us."""
+        if self._trying is not None and self._trying.get_loop() is asyncio.get_running_loop():
+            self._trying.cancel()
 
     async def catch_up(self) -> None:
         """Announce what is left over; raises `StoreUnavailable` while that cannot be done."""
-        if self._unannounced:
-            announced = dict(self._unannounced)
-            await self.store.bump(announced)
-            for tag, write in announced.items():
-                if self._unannounced.get(tag) is write:
-                    del self._unannounced[tag]
+        if not self._unannounced:
+            return
+        announced, lost = dict(self._unannounced), dict(self._lost)
+        await self.store.bump(announced)
+        for mark, is_known in lost.items():
+            if is_known:
+                self.store.settle(mark)
+            else:
+                await self.store.mark(mark)
+            self._lost.pop(mark, None)
+        for tag, write in announced.items():
+            if self._unannounced.get(tag) is write:
+                del self._unannounced[tag]
+        if not self._unannounced:
+            self.store.rejoin()

@@ -7,7 +7,7 @@ missing, or nothing is heard for longer than the lease, it knows nothing any mor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from .entry import Entry, Instant
 from .memory import Memory
@@ -60,7 +60,7 @@ class Near:
         self._since = None
         self._changes += 1
 
-    def hear(self, instant: Instant, tags: Iterable[str]) -> None:
+    def hear(self, instant: Instant, tags: Collection[str]) -> None:
         """Take note of a write, which is the one after the last."""
         if self._since is None:
             return
@@ -69,7 +69,9 @@ class Near:
             self.forget()
             return
         self._last = instant.now
-        self.wrote(instant, tags)
+        # Where a write is settled, the clock has moved and that is all: since it was marked, nothing was found valid.
+        if tags:
+            self.wrote(instant, tags)
 
     def wrote(self, instant: Instant, tags: Iterable[str]) -> None:
         """Take note of this process's own write, which may be heard later."""

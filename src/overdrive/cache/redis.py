@@ -1,8 +1,9 @@
 """Entries and versions in Redis, shared by all workers. The one module that knows Redis.
 
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
-`tag:*` (the write a tag was last named by), `entry:*`, `lease:*` (who is making an entry), `off` (what is switched
-off, a line each) and `counts` (of all workers, a hash).
+`tag:*` (the write a tag was last named by, and behind it the marks for which it is pending), `entry:*`, `lease:*` (who
+is making an entry), `off` (what is switched off, a line each), `counts` (of all workers, a hash), `members` and
+`trusted` (see `member`) and `history` (which server these are of).
 
 What all look-ups of one tick of the event loop need is asked for with one MGET, which Redis answers as of one
 moment. redis-py reads the URL; commands go over one connection for each loop, answered in their order
@@ -14,14 +15,16 @@ was written before it has been heard, and entries may be kept in this process (`
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import logging
+import os
 import random
 import re
 import secrets
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -30,14 +33,18 @@ import msgspec
 from overdrive.errors import ConfigurationError
 
 from .entry import Entry, Instant, decode, encode
+from .member import Connection, Member
 from .near import Near
-from .store import NOBODY_WAITS, Claim, Found, StoreUnavailable
+from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, StoreUnavailable
 
 try:
     from hiredis import ProtocolError, PushNotification, Reader, ReplyError, pack_command
+    from redis import ConnectionPool as BlockingPool
     from redis.asyncio import ConnectionPool, SSLConnection, UnixDomainSocketConnection
+    from redis.backoff import NoBackoff
     from redis.crc import key_slot as key_slot
     from redis.exceptions import RedisError
+    from redis.retry import Retry
 except ImportError:
     raise ConfigurationError("redis_url needs redis-py, which is missing: pip install 'overdrive[redis]'") from None
 
@@ -92,36 +99,100 @@ end
 local epoch, now = string.match(clock, '(%S+) (%d+)')
 """
 
-# Returns the clock and the tags' stamps.
+# What scripts that look at tags have in common. A tag's value is its stamp, and ` token=deadline` for each mark.
+_TAGS = f"""{_CLOCK}
+local time = redis.call('TIME')
+local milliseconds = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function marks_of(value, settled)
+    local open, over = '', false
+    for token, deadline in string.gmatch(value or '', ' (%x+)=(%d+)') do
+        if token ~= settled and tonumber(deadline) > milliseconds then
+            open = open .. ' ' .. token .. '=' .. deadline
+        else
+            over = true
+        end
+    end
+    return open, over
+end
+
+local function move()
+    now = string.format('%.0f', now + 1)
+    clock = epoch .. ' ' .. now
+    redis.call('SET', KEYS[1], clock)
+end
+
+-- Where the user may use no channels, nobody can listen to one either.
+local function tell(told)
+    redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
+end
+"""
+
+# KEYS: clock, tags..., a channel. Returns the clock and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
 # holds this very stamp is right, since no write came after it. So does a tag whose stamp is ahead of the clock:
-# it is of an earlier epoch, and no fill could be older than it.
-_VERSIONS = _Script(f"""{_CLOCK}
-local answer = {{clock}}
-for i = 2, #KEYS do
-    local stamp = redis.call('GET', KEYS[i])
-    if not stamp or tonumber(stamp) > tonumber(now) then
+# it is of an earlier epoch, and no fill could be older than it. A mark that has run out is a write that nobody has
+# said the end of: it may have become visible at any moment until now, so the tag is stamped anew. No entry holds the
+# stamp it had, and nobody need hear of the tag.
+_VERSIONS = _Script(f"""{_TAGS}
+local answer, over = {{}}, {{}}
+for i = 2, #KEYS - 1 do
+    local value = redis.call('GET', KEYS[i])
+    local open, expired = marks_of(value)
+    local stamp = string.match(value or '', '^%d+')
+    if open ~= '' then
+        stamp = 'pending'
+    elseif expired then
+        over[#over + 1] = i
+    elseif not stamp or tonumber(stamp) > tonumber(now) then
         stamp = now
         redis.call('SET', KEYS[i], stamp)
     end
     answer[i] = stamp
 end
+if #over > 0 then
+    move()
+    for _, i in ipairs(over) do
+        redis.call('SET', KEYS[i], now)
+        answer[i] = now
+    end
+    tell({{clock}})
+end
+answer[1] = clock
 return answer
 """)
 
-# The last KEYS is a channel. Returns the clock. Where the user may use no channels, nobody can listen to one either.
-_BUMP = _Script(f"""{_CLOCK}
-now = string.format('%.0f', now + 1)
-clock = epoch .. ' ' .. now
-redis.call('SET', KEYS[1], clock)
-local told = {{clock}}
+# KEYS: clock, tags..., a channel.  ARGV: an epoch, a mark's token if any, milliseconds for which it is pending: 0 where
+# it is settled. Returns the clock. Who listens is not told of the tags once more when they are settled.
+_STAMP = _Script(f"""{_TAGS}
+move()
+local told, token, pending = {{clock}}, ARGV[2], tonumber(ARGV[3])
 for i = 2, #KEYS - 1 do
-    redis.call('SET', KEYS[i], now)
-    told[i] = KEYS[i]
+    local marks = marks_of(redis.call('GET', KEYS[i]), token)
+    if pending > 0 then
+        marks = marks .. ' ' .. token .. '=' .. string.format('%.0f', milliseconds + pending)
+    end
+    redis.call('SET', KEYS[i], now .. marks)
+    if token == '' or pending > 0 then
+        told[i] = KEYS[i]
+    end
 end
-redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
+tell(told)
 return clock
 """)
+
+# KEYS: clock, history, channel.  ARGV: an epoch, should the history be another one: that of a server which restarted,
+# or of another one that has its place by now. Either may have forgotten the last writes.
+_SAME_HISTORY = """
+local history = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+    .. string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
+if redis.call('GET', KEYS[2]) ~= history then
+    local clock = ARGV[1] .. ' 0'
+    redis.call('SET', KEYS[1], clock)
+    redis.call('SET', KEYS[2], history)
+    redis.pcall('PUBLISH', KEYS[3], cmsgpack.pack({clock}))
+end
+"""
 
 # KEYS: clock, channel.  ARGV: an epoch.
 _CLEAR = """
@@ -181,6 +252,8 @@ redis.call('EXPIRE', KEYS[1], ARGV[1])
 
 _LATE = f"Redis takes more than {_PATIENCE:g} s to answer, which no request waits for"
 
+_CUT_OFF = "a process that shares it is cut off from it: nothing is served until it is back, or was away for 10 s"
+
 #: What the parser says of a reply that has not arrived as a whole.
 _NOT_ALL = object()
 
@@ -232,6 +305,9 @@ class RedisStore:
         self._clock = f"{self._together}:clock"
         self._switches = f"{self._together}:off"
         self._counts = f"{self._together}:counts"
+        self._history = f"{self._together}:history"
+        self._members = f"{self._together}:members"
+        self._trusted = f"{self._together}:trusted"
         self.channel = f"{self._together}:writes"
         self._seen: Instant | None = None
         self._off_text: bytes | None = None
@@ -253,8 +329,10 @@ class RedisStore:
         #: Entries that were damaged or another release's, and those Redis had no memory for.
         self.unreadable = 0
         self.refused_fills = 0
-        #: How often Redis was found to be away.
+        #: How often Redis was found to be away, and answers with which nothing was to be served.
         self.opened = 0
+        self.suspended = 0
+        self._member: Member | None = None
 
     def _base_of(self, prefix: str) -> str:
         return prefix
@@ -280,10 +358,14 @@ class RedisStore:
         """Do what look-ups and announcements do."""
         # A node of a cluster may serve one name, but not two that lie in different slots.
         look_up = ("MGET", self._clock, f"{self._prefix}:entry:")
-        await self._demand(self._address, look_up, self._beginning())
+        await self._demand(self._address, look_up, self.compare_history(), self._beginning())
+
+    def compare_history(self) -> tuple[str | int, ...]:
+        """Return the command that begins a new epoch where writes may have been forgotten."""
+        return "EVAL", _SAME_HISTORY, 3, self._clock, self._history, self.channel, secrets.token_hex(8)
 
     def _beginning(self) -> tuple[str | int, ...]:
-        return "EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8)
+        return "EVAL", _VERSIONS.text, 2, self._clock, self.channel, secrets.token_hex(8)
 
     async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
         """Send commands on a connection of their own, whether the breaker is open or not."""
@@ -312,7 +394,8 @@ class RedisStore:
         """Return an entry of this process, if nothing it read has been written since, by all that was heard."""
         loop = asyncio.get_running_loop()
         route = self._routes.get(loop)
-        return None if route is None or route.near is None else route.near.get(key, loop.time())
+        # The loop's own time may be that of before it was held up.
+        return None if route is None or route.near is None else route.near.get(key, time.monotonic())
 
     async def load(self, key: str, fingerprint: str) -> Found:
         """Look up an entry, the clock, and the stamps of the tags the entry had last time."""
@@ -388,11 +471,11 @@ class RedisStore:
         return {tag: f"{self._together}:tag:{tag}" for tag in tags}
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
-        """Return the epoch and the stamp of each tag, in one round trip, unless a stamp was evicted."""
+        """Return the epoch and the stamp of each tag, in one round trip, unless one is pending or was evicted."""
         names = self._names(tags)
         answer = await self._link().read(names.values())
         stamps = answer.stamps(names)
-        if answer.instant is not None and stamps is not None:
+        if answer.instant is not None and stamps is not None and PENDING not in stamps.values():
             return answer.instant.epoch, stamps
         instant, stamps = await self._stamped(tags)
         return instant.epoch, stamps
@@ -400,7 +483,7 @@ class RedisStore:
     async def _stamped(self, tags: Collection[str]) -> tuple[Instant, dict[str, int]]:
         """Begin a clock and stamp tags where there is none, and return them."""
         clock, *stamps = await self._run(_VERSIONS, tags, patient=False)
-        return _instant(clock), dict(zip(tags, map(int, stamps), strict=True))
+        return _instant(clock), dict(zip(tags, map(_stamp_in, stamps), strict=True))
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
@@ -418,7 +501,24 @@ class RedisStore:
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
-        clock = await self._run(_BUMP, tags, self.channel, patient=True)
+        await self._stamp(tags)
+
+    async def mark(self, mark: Mark) -> None:
+        """Move the clock, stamp the tags with it, and have them pending."""
+        try:
+            await self._stamp(mark.tags, mark.token, int(LONGEST_COMMIT * 1000))
+        except asyncio.CancelledError:
+            # It may have been made, and its commit will not be sent.
+            self.settle(mark)
+            raise
+
+    def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
+        """Move the clock, stamp the tags with it, and have them pending for this mark no longer."""
+        # Who has made the mark has sent the script.
+        return self._link().post("EVALSHA", _STAMP.digest, *self._arguments(mark.tags, mark.token, 0))
+
+    async def _stamp(self, tags: Collection[str], token: str = "", pending: int = 0) -> None:
+        clock = await self._run(_STAMP, tags, token, pending, patient=True)
         if (near := self._link().near) is not None:
             near.wrote(_instant(clock), tags)
 
@@ -466,10 +566,46 @@ class RedisStore:
         route = self._routes.pop(asyncio.get_running_loop(), None)
         if route is not None:
             await route.aclose()
+        if not self._routes and self._member is not None:
+            member, self._member = self._member, None
+            atexit.unregister(member.close)
+            await asyncio.to_thread(member.close)
 
-    async def _run(self, script: _Script, tags: Collection[str], *channel: str, patient: bool) -> Any:
-        names = (self._clock, *self._names(tags).values(), *channel)
-        arguments: tuple[str | int, ...] = (len(names), *names, secrets.token_hex(8))
+    def member(self) -> Member:
+        """Return this process among those that share the store."""
+        if self._member is None or self._member.pid != os.getpid():
+            names = (self._members, self._trusted, self._clock, self.channel)
+            self._member = Member(names, self._connection, (RedisError, OSError))
+            # A process that ends is not one that is cut off.
+            atexit.register(self._member.close)
+        return self._member
+
+    def _connection(self) -> Connection:
+        pool: Any = BlockingPool.from_url(
+            self._url,
+            socket_timeout=_DEADLINE,
+            decode_responses=True,
+            retry=Retry(NoBackoff(), 0),
+        )
+        connection: Connection = pool.make_connection()
+        return connection
+
+    @property
+    def members(self) -> int:
+        """How many processes share the store, as was last heard."""
+        return 0 if self._member is None else self._member.count
+
+    def withdraw(self) -> float:
+        """Let this process's lease run out."""
+        return 0.0 if self._member is None else self._member.withdraw()
+
+    def rejoin(self) -> None:
+        """Take this process's lease up again."""
+        if self._member is not None:
+            self._member.rejoin()
+
+    async def _run(self, script: _Script, tags: Collection[str], *values: str | int, patient: bool) -> Any:
+        arguments = self._arguments(tags, *values)
         link = self._link()
         try:
             return await link.ask("EVALSHA", script.digest, *arguments, patient=patient)
@@ -477,6 +613,10 @@ class RedisStore:
             if _code(str(error)) != "NOSCRIPT":
                 raise
         return await link.ask("EVAL", script.text, *arguments, patient=patient)
+
+    def _arguments(self, tags: Collection[str], *values: str | int) -> tuple[str | int, ...]:
+        names = (self._clock, *self._names(tags).values(), self.channel)
+        return (len(names), *names, secrets.token_hex(8), *values)
 
     def _link(self) -> Route:
         loop = asyncio.get_running_loop()
@@ -487,7 +627,7 @@ class RedisStore:
 
     def _new_route(self, loop: asyncio.AbstractEventLoop) -> Route:
         near = Near(self._max_bytes) if self._max_bytes else None
-        return Link(self, loop, self._address, (self._clock, self._switches), near)
+        return Link(self, loop, self._address, (self._clock, self._switches, self._trusted), near)
 
     def heard(self, near: Near, payload: bytes) -> None:
         """Take note of a write that Redis tells of."""
@@ -511,13 +651,16 @@ class Answer:
         self.entries: dict[str, Entry] = {}
 
     def stamps(self, names: dict[str, str]) -> dict[str, int] | None:
-        """Return the stamp of each tag; None where one was not asked for, is missing or is ahead of the clock."""
+        """Return the stamp of each tag, or `PENDING`.
+
+        None where one was not asked for, is missing or is ahead of the clock.
+        """
         if self.instant is None:
             return None
         stamps = {}
         for tag, name in names.items():
             value = self.values.get(name)
-            if value is None or (stamp := int(value)) > self.instant.now:
+            if value is None or self.instant.now < (stamp := _stamp_in(value)) != PENDING:
                 return None
             stamps[tag] = stamp
         return stamps
@@ -532,13 +675,15 @@ class Link:
 
     #: The refusals that say nothing of how Redis is.
     _harmless: Collection[str] = ("NOSCRIPT",)
+    #: Whether those who share the store are known.
+    _has_members = True
 
     def __init__(
         self,
         store: RedisStore,
         loop: asyncio.AbstractEventLoop,
         address: Address,
-        always: tuple[str, str],
+        always: tuple[str, ...],
         near: Near | None = None,
     ) -> None:
         self.near = near
@@ -546,7 +691,7 @@ class Link:
         self._store = store
         self._loop = loop
         self._address = address
-        #: What each look-up asks for: the clock, and what is switched off.
+        #: What each look-up asks for: the clock, what is switched off, and until when all members can be heard.
         self._always = always
         self._connection: _Connection | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -598,13 +743,27 @@ class Link:
         self._store.batched += len(waiting)
         clock, off, *values = reply
         self._store.hear(off)
+        until = float("inf")
+        if self._has_members:
+            trusted, *values = values
+            if trusted is None:
+                self._suspend(waiting)
+                return
+            until = self._store.member().until(int(trusted))
         answer = Answer(clock, dict(zip(names, values, strict=True)))
         if answer.instant is not None:
             self._store.saw(answer.instant)
             if self._listens and self.near is not None:
-                self.near.confirm(answer.instant, sent + _NEAR_LEASE)
+                self.near.confirm(answer.instant, min(sent + _NEAR_LEASE, until))
         for reader in waiting:
             reader.set_result(answer)
+
+    def _suspend(self, waiting: list[asyncio.Future[Answer]]) -> None:
+        """Answer nobody; what is near has ended by itself, and goes on where it was, as all writes are heard of."""
+        self._store.suspended += 1
+        self._warn(_CUT_OFF)
+        for reader in waiting:
+            reader.set_exception(StoreUnavailable(_CUT_OFF))
 
     def told(self, kind: bytes, payload: Any) -> None:
         """Take what Redis tells unasked."""
@@ -672,7 +831,7 @@ class Link:
         elif code not in self._harmless and self._connection is not None:
             connection, self._connection = self._connection, None
             connection.close(str(error))
-            self._open(_IS_CLUSTER if code in _REDIRECTIONS else str(error))
+            self._open(str(error))
         return error
 
     def fell_behind(self) -> None:
@@ -708,7 +867,7 @@ class Link:
         try:
             async with asyncio.timeout(_DEADLINE):
                 self._listens = False
-                self._connection = await self._address.connect(self)
+                self._connection = await self._address.connect(self, self._arrive)
                 if self.near is not None:
                     await self._listen(self._connection)
         except TimeoutError:
@@ -719,6 +878,23 @@ class Link:
             self._close()
         finally:
             self._connecting = None
+
+    async def _arrive(self, connection: _Connection) -> None:
+        """Do what is to be done before anything is read: look whether this is the Redis of before, and join."""
+        member = self._store.member()
+        sent = time.monotonic()
+        _, (seconds, microseconds) = await connection.demand(self._store.compare_history(), ("TIME",))
+        member.learn(sent, time.monotonic(), int(seconds) * 1000 + int(microseconds) // 1000)
+        if (renewal := member.renewal()) is not None:
+            try:
+                (reply,) = await connection.demand(renewal)
+            except StoreUnavailable as error:
+                # A Redis that is full refuses it, and serves what is trusted.
+                if _code(str(error)) not in _WRITE_REFUSALS:
+                    raise
+            else:
+                member.renewed([*reply[:3], *(other.decode() for other in reply[3:])])
+        member.start()
 
     async def _listen(self, connection: _Connection) -> None:
         """Have Redis tell of every write, if it can and this user may: where not, nothing is kept near."""
@@ -738,6 +914,8 @@ class Link:
 
     def _open(self, why: str) -> None:
         now = self._loop.time()
+        if _code(why) in _REDIRECTIONS:
+            why = _IS_CLUSTER
         if self._retry_at is None:
             # One that keeps failing right after it was reached is not to be tried ten times a second.
             if now - self._closed_at > _LONGEST_PAUSE:
@@ -923,11 +1101,13 @@ class Address:
         # Refused by a server that is still loading, and by one that does not know us.
         self._greeting.append(("PING",))
 
-    async def connect(self, link: Link) -> _Connection:
-        """Open a connection, log in and choose the database."""
+    async def connect(self, link: Link, arrive: Callable[[_Connection], Awaitable[None]] | None = None) -> _Connection:
+        """Open a connection, log in, choose the database and do as `arrive` does."""
         connection = await self._socket(partial(_Connection, link))
         try:
             await connection.demand(*self._greeting)
+            if arrive is not None:
+                await arrive(connection)
         except BaseException:
             connection.close("closed")
             await connection.closed
@@ -951,6 +1131,14 @@ def _code(error: str) -> str | None:
 def _is_about_login(error: str) -> bool:
     # A password where Redis has none is an `ERR AUTH <password> called without any password configured`.
     return _code(error) in ("WRONGPASS", "NOAUTH", "NOPERM") or "AUTH" in error
+
+
+def _stamp_in(value: bytes) -> int:
+    """Return the stamp of a tag: only while it is pending there is more than a number."""
+    try:
+        return int(value)
+    except ValueError:
+        return PENDING
 
 
 def _instant(clock: bytes) -> Instant:

@@ -3,12 +3,18 @@
 A store has a write clock: `bump` moves it and stamps the tags that were written. An entry holds the stamps its
 tags had when it was filled, and is valid while they have not changed. What it read may have been written while
 it was being read, so a fill names the instant before its first read, and is refused if a stamp is younger.
+
+A commit is marked before it is sent, and settled when its outcome is known. Between the two, and until a deadline where
+nobody can say how it ended, its tags are pending: what reads them is not kept. So whoever dies between the two, or
+does not learn how it ended, leaves nothing behind that is taken for valid.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +52,23 @@ class Claim(NamedTuple):
     holder: str
 
 
+class Mark(NamedTuple):
+    """A write that is about to become visible.
+
+    token: tells it from others of the same tags; hexadecimal.
+    """
+
+    token: str
+    tags: frozenset[str]
+
+
+#: The stamp of a tag that is pending: later than any instant, so that no fill may have read it.
+PENDING = 1 << 62
+
+#: Seconds after which a commit that was not settled is taken for visible, or for one that will never be.
+LONGEST_COMMIT = 30.0
+
+
 class StoreUnavailable(Exception):  # noqa: N818
     """The store did not answer; a request goes on without it."""
 
@@ -68,7 +91,10 @@ class Store(Protocol):
         """Look up an entry; one that is damaged, or has another fingerprint, is none."""
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
-        """Return the epoch and the stamp of each tag, made up of the clock where a tag has none."""
+        """Return the epoch and the stamp of each tag, made up of the clock where a tag has none.
+
+        That of a pending tag is `PENDING`; one that has been pending for too long is stamped anew.
+        """
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
@@ -90,6 +116,24 @@ class Store(Protocol):
 
     async def bump(self, tags: Collection[str]) -> None:
         """Move the clock, and stamp `tags` with it."""
+
+    async def mark(self, mark: Mark) -> None:
+        """Do as `bump` does, and have the tags pending until the mark is settled, or for 30 seconds."""
+
+    def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
+        """Do as `bump` does, and have the tags pending for this mark no longer; without waiting for anyone.
+
+        The future's result is the error that has come of it, if any.
+        """
+
+    def withdraw(self) -> float:
+        """Have nothing served to others, as this process has writes that they cannot be told of.
+
+        Returns the seconds until that is so.
+        """
+
+    def rejoin(self) -> None:
+        """Undo `withdraw`, now that they have been told."""
 
     def each_time(self, call: Callable[[], None]) -> None:
         """Have `call` called now and then, where look-ups may stay away since entries are in this process."""
@@ -161,6 +205,8 @@ class MemoryStore:
     def __init__(self, max_bytes: int | None = None) -> None:
         self._entries: Memory[_Held] = Memory(bytes_of_process(max_bytes))
         self._stamps: dict[str, int] = {}
+        #: The marks of each tag that is pending, with the time at which they have run out.
+        self._pending: dict[str, dict[str, float]] = {}
         self._instant = Instant(secrets.token_hex(8), 0)
         self.off: frozenset[str] = frozenset()
 
@@ -190,7 +236,12 @@ class MemoryStore:
 
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag; one that was never written has zero."""
-        return self._instant.epoch, self._stamps_of(tags)
+        pending = self._pending.keys() & set(tags)
+        if over := {tag for tag in pending if max(self._pending[tag].values()) <= time.monotonic()}:
+            for tag in over:
+                del self._pending[tag]
+            await self.bump(over)
+        return self._instant.epoch, self._stamps_of(tags) | dict.fromkeys(pending - over, PENDING)
 
     def _stamps_of(self, tags: Iterable[str]) -> dict[str, int]:
         return {tag: self._stamps.get(tag, 0) for tag in tags}
@@ -210,8 +261,37 @@ class MemoryStore:
         """Move the clock, and stamp `tags` with it."""
         if len(self._stamps) > _MOST_STAMPS:
             await self.clear()
+        self._stamp(tags)
+
+    def _stamp(self, tags: Iterable[str]) -> None:
         self._instant = Instant(self._instant.epoch, self._instant.now + 1)
         self._stamps.update(dict.fromkeys(tags, self._instant.now))
+
+    async def mark(self, mark: Mark) -> None:
+        """Stamp the tags, and have them pending."""
+        await self.bump(mark.tags)
+        deadline = time.monotonic() + LONGEST_COMMIT
+        for tag in mark.tags:
+            self._pending.setdefault(tag, {})[mark.token] = deadline
+
+    def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
+        """Stamp the tags, and have them pending for this mark no longer."""
+        self._stamp(mark.tags)
+        now = time.monotonic()
+        for tag in mark.tags:
+            marks = self._pending.pop(tag, {})
+            if left := {token: until for token, until in marks.items() if token != mark.token and until > now}:
+                self._pending[tag] = left
+        settled: asyncio.Future[StoreUnavailable | None] = asyncio.get_running_loop().create_future()
+        settled.set_result(None)
+        return settled
+
+    def withdraw(self) -> float:
+        """Nobody else is served from here."""
+        return 0.0
+
+    def rejoin(self) -> None:
+        """Nobody else is served from here."""
 
     def each_time(self, call: Callable[[], None]) -> None:
         """Nobody else is to be told of anything."""
