@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
-from sqlalchemy import Engine
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from .cache.alone import LoneStore
 from .cache.cache import Cache
-from .cache.store import MemoryStore, Store, bytes_of_process
+from .cache.store import Store, bytes_of_process
 from .config import CacheSettings, Settings
 from .errors import ConfigurationError
 from .installer import Installation
@@ -71,7 +72,6 @@ class Overdrive:
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
-        self.cache = _cache(self.settings, cache)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
@@ -85,6 +85,7 @@ class Overdrive:
             self._owned.append(engine)
         self.engine = engine
         self.engines: dict[str, AsyncEngine] = {"default": engine, **(engines or {})}
+        self.cache = _cache(self.settings, cache, [each.url for each in self.engines.values()])
         for name, each in self.engines.items():
             self._observe(each.sync_engine, name, prepared=each in self._owned)
         self._sessions = {name: Sessions.of(each, session_class) for name, each in self.engines.items()}
@@ -208,11 +209,11 @@ def _settings(settings: Settings | None, **given: str | None) -> Settings:
     return settings
 
 
-def _cache(settings: Settings, enabled: bool | None) -> Cache:
+def _cache(settings: Settings, enabled: bool | None, databases: Iterable[URL]) -> Cache:
     options: CacheSettings = settings.cache
     store: Store
     if settings.redis_url is None:
-        store = MemoryStore(options.max_bytes)
+        store = LoneStore(options.max_bytes, filter(None, map(_name_of_database, databases)))
     else:
         from .cache.cluster import store_at
 
@@ -223,6 +224,16 @@ def _cache(settings: Settings, enabled: bool | None) -> Cache:
         # A test that does not ask for the cache should not meet another test's responses.
         enabled = "PYTEST_VERSION" not in os.environ
     return Cache(store, enabled=enabled, ttl=options.ttl, max_body=options.max_body)
+
+
+def _name_of_database(url: URL) -> str | None:
+    """Return what all who use a database know it by, whatever their driver and role; None where it is one's own."""
+    if url.get_backend_name() != "sqlite":
+        at = [url.query.get(name, own) for name, own in (("host", url.host), ("port", url.port))]
+        return f"{url.get_backend_name()} {at} {url.database}"
+    if url.database in (None, "", ":memory:"):
+        return None
+    return f"sqlite {os.path.realpath(url.database)}"
 
 
 def _log_handlers() -> Iterator[LogHandler]:

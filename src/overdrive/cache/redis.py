@@ -402,6 +402,9 @@ class RedisStore:
         clock, *stamps = await self._run(_VERSIONS, tags, patient=False)
         return _instant(clock), dict(zip(tags, map(int, stamps), strict=True))
 
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Refuse nothing: every worker hears of every write."""
+
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
         name, data = f"{self._prefix}:entry:{key}", encode(entry)

@@ -70,6 +70,9 @@ class Store(Protocol):
     async def versions(self, tags: Collection[str]) -> tuple[str, dict[str, int]]:
         """Return the epoch and the stamp of each tag, made up of the clock where a tag has none."""
 
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Say in a word why nothing that has read these is kept; None where it is."""
+
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
 
@@ -153,7 +156,7 @@ class _Held:
 
 
 class MemoryStore:
-    """Entries inside the process, for a service of one worker.
+    """Entries inside the process, for a service of one worker; `alone` sees to it that it is one.
 
     max_bytes: what entries may take in all; left out, a sixteenth of the memory that the process may use.
     """
@@ -195,6 +198,9 @@ class MemoryStore:
     def _stamps_of(self, tags: Iterable[str]) -> dict[str, int]:
         return {tag: self._stamps.get(tag, 0) for tag in tags}
 
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Refuse nothing."""
+
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
         # As if it had been looked at before all writes.
@@ -218,6 +224,10 @@ class MemoryStore:
 
     async def clear(self) -> None:
         """Begin a new epoch and forget every entry."""
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Do so at once."""
         self._instant = Instant(secrets.token_hex(8), 0)
         self._entries.clear()
         self._stamps.clear()
