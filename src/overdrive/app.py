@@ -7,10 +7,10 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -23,9 +23,13 @@ from .errors import ConfigurationError
 from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
+from .metrics import Exporter, Reading, instrument, of_cache, of_log, of_pages, of_pool, of_source
 from .pool.engine import create_engine, create_sync_engine, prepare
 from .pool.observe import Observation, observe
 from .pool.session import Sessions, SyncSessions
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
 
 
 class Overdrive:
@@ -72,6 +76,9 @@ class Overdrive:
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
+        #: Further parts whose numbers are exported, by name: each returns numbers by their names, or by name and kind.
+        self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self._exporter: Exporter | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
@@ -178,6 +185,8 @@ class Overdrive:
             observation.loop = loop
         for handler in _log_handlers():
             handler.reopen()
+        if self._exporter is not None:
+            self._exporter.keep_writing()
 
     async def aclose(self) -> None:
         """Close what Overdrive has opened, and write what is logged from now on at once."""
@@ -189,6 +198,38 @@ class Overdrive:
         await self.cache.aclose()
         for handler in _log_handlers():
             await anyio.to_thread.run_sync(handler.close)
+        if self._exporter is not None:
+            self._exporter.close()
+
+    # Numbers
+
+    def metrics_router(self) -> APIRouter:
+        """Return a router that answers `GET /metrics` for Prometheus, of all workers of this server.
+
+        What others have counted in the last second may be missing. It is the app's to keep strangers away from it:
+        `app.include_router(overdrive.metrics_router(), dependencies=[...])`.
+        """
+        if self._exporter is None:
+            self._exporter = Exporter(self._numbers)
+        return self._exporter.router()
+
+    def instrument(self, meter_provider: MeterProvider | None = None) -> None:
+        """Have OpenTelemetry read the numbers of this process, by the same names.
+
+        meter_provider: left out, the global one.
+        """
+        instrument(self._numbers, meter_provider)
+
+    def _numbers(self) -> Iterator[Reading]:
+        for name, engine in self.engines.items():
+            yield from of_pool(name, engine.sync_engine.pool)
+        for name, sync in self._sync_sessions.items():
+            yield from of_pool(f"{name}-sync", sync.engine.pool)
+        yield from of_cache(self.cache)
+        yield from of_pages()
+        yield from of_log(_log_handlers())
+        for name, read in self.sources.items():
+            yield from of_source(name, read())
 
 
 def add_pagination(app: FastAPI) -> FastAPI:

@@ -464,6 +464,17 @@ class RedisStore:
             sums.setdefault(route, {})[name] = int(count)
         return sums
 
+    def statistics(self) -> dict[str, int]:
+        """Return what was counted, and what is kept near."""
+        near = [route.near.statistics() for route in self._routes.values() if route.near is not None]
+        return {
+            "redis.trips": self.trips,
+            "redis.answered": self.batched,
+            "redis.unreadable": self.unreadable,
+            "redis.full": self.refused_fills,
+            "redis.opened": self.opened,
+        } | {name: sum(each[name] for each in near) for name in (near[0] if near else ())}
+
     async def aclose(self) -> None:
         """Close this loop's connections."""
         route = self._routes.pop(asyncio.get_running_loop(), None)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .entry import Entry, Instant
 from .memory import Memory
@@ -112,6 +112,9 @@ class Store(Protocol):
     async def sums(self) -> dict[str, dict[str, int]] | None:
         """Return these counts, by route and by name; None where nobody shares the store."""
 
+    def statistics(self) -> dict[str, int]:
+        """Return what this process has of it and has counted, by name."""
+
     async def aclose(self) -> None:
         """Give connections back."""
 
@@ -143,6 +146,16 @@ def size_of(entry: Entry) -> int:
     forms = (entry,) if entry.gzipped is None else (entry, entry.gzipped)
     texts = (len(name) + len(value) for form in forms for name, value in form.headers)
     return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
+
+
+def statistics_of(entries: Memory[Any], tags: Sized) -> dict[str, int]:
+    """Return what entries in the process come to, by name."""
+    return {
+        "entries": len(entries),
+        "memory": entries.bytes,
+        "evictions": entries.evictions,
+        "tags": len(tags),
+    }
 
 
 class _Held:
@@ -247,6 +260,10 @@ class MemoryStore:
 
     async def sums(self) -> None:
         """Nobody shares this store."""
+
+    def statistics(self) -> dict[str, int]:
+        """Return what is kept."""
+        return statistics_of(self._entries, self._stamps)
 
     async def aclose(self) -> None:
         """Nothing is open."""
