@@ -16,7 +16,7 @@ from support import Item
 
 from overdrive import Overdrive, cached
 from overdrive.app import _name_of_database
-from overdrive.cache.alone import Neighbours
+from overdrive.cache.alone import LoneStore, Neighbours
 
 pytestmark = pytest.mark.anyio
 
@@ -193,6 +193,15 @@ async def test_values_too(service: Service) -> None:
             await cache.get_or_set("names", names)
             await cache.get_or_set("plain", plain)
     assert loaded == ["names", "plain", "names"]
+
+
+async def test_two_stores_of_one_process_learn_of_another() -> None:
+    stores = [LoneStore(None, [NAME]) for _ in range(2)]
+    assert [store.is_alone() for store in stores] == [True, True]
+    with neighbour(NAME) as other:
+        other.do("look")
+        assert [store.is_alone() for store in stores] == [False, False]
+    assert [store.is_alone() for store in stores] == [True, True]
 
 
 async def test_several_workers_are_known_before_they_are_there(

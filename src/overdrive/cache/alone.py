@@ -76,10 +76,10 @@ class Neighbours:
 
         The first call lets the others know that it is there. Raises `OSError` where it cannot.
         """
-        if self._shared[:8] == self._known and time.monotonic() < self._look_at:
-            return self._alone
-        with self._lock:
-            return self._look()
+        if self._shared[:8] != self._known or time.monotonic() >= self._look_at:
+            with self._lock:
+                self._look()
+        return self._alone
 
     def come(self) -> None:
         """Let the others know that this process is there, if there are any."""
@@ -99,7 +99,7 @@ class Neighbours:
                     shared.close()
                 os.close(fd)
 
-    def _look(self) -> bytes | None:
+    def _look(self) -> None:
         # What cleans a temporary directory may have taken the file: who comes then makes another one.
         if self._fd is None or not self._is_here(self._fd):
             self._fd, self._shared = self._join()
@@ -107,7 +107,6 @@ class Neighbours:
         self._known = bytes(self._shared[:8])
         self._alone = self._known if self._is_alone(self._fd) else None
         self._look_at = time.monotonic() + _LOOK_INTERVAL
-        return self._alone
 
     def _join(self) -> tuple[int, mmap.mmap]:
         while True:
@@ -159,24 +158,29 @@ class LoneStore(MemoryStore):
         self._neighbours = [neighbours(name) for name in databases]
         workers = os.environ.get("WEB_CONCURRENCY", "")
         self._is_one_of_several = workers.isdecimal() and int(workers) > 1
-        self._alone_since: list[bytes | None] = [None]
+        self._is_alone = not self._is_one_of_several
+        self._alone_since: list[bytes | None] = [b""] * len(self._neighbours)
         self._why = _SAID
         self._said = False
 
     def is_alone(self) -> bool:
         """Say whether no other process can outdate anything; where one could have until now, all is forgotten."""
-        if self._is_one_of_several:
-            return False
         try:
-            since = [each.alone_since() for each in self._neighbours]
+            for each, since in zip(self._neighbours, self._alone_since, strict=True):
+                if each.alone_since() != since:
+                    self._look()
+                    break
         except OSError as error:
-            self._alone_since, self._why = [None], _UNKNOWN % error
-            return False
-        if since != self._alone_since:
-            self._alone_since, self._why = since, _SAID
-            if None not in since:
-                self.begin_anew()
-        return None not in since
+            self._is_alone, self._alone_since = False, [b""] * len(self._neighbours)
+            self._why = _UNKNOWN % error
+        return self._is_alone
+
+    def _look(self) -> None:
+        self._alone_since = [each.alone_since() for each in self._neighbours]
+        self._is_alone = not self._is_one_of_several and None not in self._alone_since
+        self._why = _SAID
+        if self._is_alone:
+            self.begin_anew()
 
     def seen(self) -> Instant:
         """Return the clock; before its first instant is told, the others know of this process."""
