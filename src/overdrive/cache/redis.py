@@ -282,6 +282,23 @@ class RedisStore:
         look_up = ("MGET", self._clock, f"{self._prefix}:entry:")
         await self._demand(self._address, look_up, self._beginning())
 
+    async def described(self) -> dict[str, str]:
+        """Return what Redis says of itself by INFO, and as `pushes` whether it may tell of writes: yes, or why not."""
+        loop = asyncio.get_running_loop()
+        connection = await self._address.connect(Link(self, loop, self._address, (self._clock, self._switches)))
+        try:
+            (info,) = await connection.demand(("INFO",))
+            pairs = (line.partition(":") for line in info.decode().splitlines() if ":" in line)
+            said = {name: value for name, _, value in pairs} | {"pushes": "yes"}
+            for command in (("HELLO", 3), ("SUBSCRIBE", self.channel)):
+                if isinstance(reply := await connection.ask(*command), ReplyError | StoreUnavailable):
+                    said["pushes"] = str(reply)
+                    break
+            return said
+        finally:
+            connection.close("closed")
+            await connection.closed
+
     def _beginning(self) -> tuple[str | int, ...]:
         return "EVAL", _VERSIONS.text, 1, self._clock, secrets.token_hex(8)
 
