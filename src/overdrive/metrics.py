@@ -39,6 +39,9 @@ Kind: TypeAlias = Literal["counter", "gauge", "histogram"]
 #: Seconds between two times at which a process writes down what it has counted, for the others to read.
 _INTERVAL = 1.0
 
+#: Bytes of a new file, which grows if that is not enough.
+_ROOM = 1 << 16
+
 
 # What is read
 
@@ -291,10 +294,18 @@ class Exporter:
             "gauge": self._gauges(self._place).name,
             "histogram": f"histogram_{self._place}.db",
         }
-        self._files = {kind: self._map(str(directory / name)) for kind, name in names.items()}
+        self._files = {kind: self._opened(directory / name) for kind, name in names.items()}
         self._before = {
             key: value for kind in self._files for key, value, _ in self._files[kind].read_all_values() if value
         }
+
+    def _opened(self, path: Path) -> Any:
+        if not path.exists():
+            # Who scrapes just now could not read one that is empty.
+            new = path.with_suffix(".new")
+            new.write_bytes(bytes(_ROOM))
+            new.rename(path)
+        return self._map(str(path))
 
     def _gauges(self, place: str) -> Path:
         assert self._directory is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ class Neighbour:
         )
 
     def do(self, what: str) -> str:
-        """Have it look, come or leave; return what it has seen."""
+        """Have it look, write or leave; return what it has seen."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(what, file=self.process.stdin, flush=True)
@@ -52,9 +53,9 @@ def main(name: str) -> None:
         match line.strip():
             case "look":
                 print("alone" if own.alone_since() else "several", flush=True)
-            case "come":
-                own.come()
-                print("came", flush=True)
+            case "write":
+                asyncio.run(alone.LoneStore(0, [name]).bump(["default/items"]))
+                print("written", flush=True)
             case "leave":
                 own.leave()
                 print("left", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -11,10 +12,10 @@ import pytest
 from cache.neighbour import Neighbour, neighbour
 from cache.service import Service, serve
 from fastapi import FastAPI
-from sqlalchemy import make_url, select
+from sqlalchemy import insert, make_url, select
 from support import Item
 
-from overdrive import Overdrive, cached
+from overdrive import Overdrive, SessionDep, cached
 from overdrive.app import _name_of_database
 from overdrive.cache.alone import LoneStore, Neighbours
 
@@ -80,11 +81,11 @@ def test_who_has_come_and_gone_was_there(other: Neighbour) -> None:
 
 
 def test_who_only_writes_comes_where_somebody_is(other: Neighbour, own_directory: Path) -> None:
-    other.do("come")
+    other.do("write")
     assert not files(own_directory)
     own = Neighbours(NAME)
     assert own.alone_since() is not None
-    other.do("come")
+    other.do("write")
     assert own.alone_since() is None
 
 
@@ -192,7 +193,32 @@ async def test_values_too(service: Service) -> None:
         for _ in range(2):
             await cache.get_or_set("names", names)
             await cache.get_or_set("plain", plain)
+        assert cache.store.statistics()["entries"] == 1
     assert loaded == ["names", "plain", "names"]
+
+
+async def test_nobody_joins_who_came_before_a_write(service: Service) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @service.app.get("/slow")
+    @cached
+    async def slow(db: SessionDep) -> int:
+        rows = (await db.scalars(select(Item.name))).all()
+        begun.set()
+        await go_on.wait()
+        return len(rows)
+
+    with neighbour(_name_of_database(service.overdrive.engine.url) or "") as other:
+        other.do("look")
+        first = asyncio.create_task(service.get("/slow"))
+        await begun.wait()
+        # The other process would have written here, and answered.
+        with service.database.begin() as connection:
+            connection.execute(insert(Item).values(name="second"))
+        second = asyncio.create_task(service.get("/slow"))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        assert [(await first).json(), (await second).json()] == [1, 2]
 
 
 async def test_two_stores_of_one_process_learn_of_another() -> None:
