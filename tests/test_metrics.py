@@ -22,6 +22,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import create_async_engine
 from support import Item, client, tables
 
 from overdrive import CursorPage, LogHandler, Overdrive, SessionDep, cached, paginate
@@ -179,6 +180,20 @@ async def test_opentelemetry_reads_the_same(sqlite_url: str) -> None:
     waits = metrics["db.client.connection.wait_time.count"].data
     assert [point.value for point in waits.data_points] == [1]
     assert waits.is_monotonic
+
+
+async def test_of_redis_and_of_a_pool_that_is_not_ours(sqlite_url: str, redis_url: str) -> None:
+    engine = create_async_engine(sqlite_url)
+    async with serving(sqlite_url, redis_url=redis_url, engine=engine) as service:
+        await service.get("/names/1")
+        await service.get("/names/1")
+        numbers = await scrape(service.http)
+    await engine.dispose()
+    assert total(numbers, "overdrive_cache_redis_trips_total") >= 3
+    assert total(numbers, "overdrive_cache_redis_answered_total") >= 2
+    assert total(numbers, "overdrive_cache_entries") == 1
+    assert total(numbers, "db_client_connection_count", db_client_connection_state="idle") == 1
+    assert not total(numbers, "db_client_connection_max")
 
 
 # Places

@@ -60,11 +60,14 @@ def main(name: str) -> None:
                 own.leave()
                 print("left", flush=True)
             case "fork":
-                if (child := os.fork()) == 0:
-                    # As when one of gunicorn's workers ends.
-                    print("alone" if own.alone_since() else "several", flush=True)
+                # As when gunicorn's arbiter ends, and a worker it has forked goes on.
+                looked, has_looked = os.pipe()
+                if os.fork():
+                    os.read(looked, 1)
                     os._exit(0)
-                os.waitpid(child, 0)
+                own.alone_since()
+                os.write(has_looked, b".")
+                print("forked", flush=True)
 
 
 if __name__ == "__main__":
