@@ -731,7 +731,7 @@ def test_the_command(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> Non
     done = doctor("shop:app")
     assert done.returncode == 1
     layers, route, nothing, *advice = done.stdout.splitlines()
-    assert layers.startswith("layers  Observer > ")
+    assert layers.startswith("layers  overdrive.Observer > ")
     assert (route, nothing) == ("route   GET /things  page by cursor; async session", "")
     assert "\n".join([*advice, ""]) == (
         "GET /things\n"

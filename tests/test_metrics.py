@@ -65,7 +65,7 @@ async def scrape(http: httpx2.AsyncClient) -> Numbers:
     }
 
 
-def total(numbers: Numbers, name: str, **labels: str) -> float:
+def total(numbers: Numbers, name: str, /, **labels: str) -> float:
     return sum(value for (each, own), value in numbers.items() if each == name and labels.items() <= set(own))
 
 
@@ -116,7 +116,8 @@ async def test_no_label_is_a_clients(sqlite_url: str) -> None:
 async def test_both_formats_have_what_there_is(sqlite_url: str) -> None:
     async with serving(sqlite_url) as service:
         await service.get("/names/1")
-        service.overdrive.sources["admission"] = lambda: {"limit": 7, "rejected_total": {"queue": 2, "wait": 1}}
+        service.overdrive.sources["admission"] = lambda: {"default": {"limit": 7, "refused_full": 2}}
+        service.overdrive.sources["jobs"] = lambda: {"done_total": 3}
         numbers = await scrape(service.http)
         accept = {"accept": "application/openmetrics-text; version=1.0.0"}
         answer = await service.get("/metrics", headers=accept)
@@ -126,8 +127,9 @@ async def test_both_formats_have_what_there_is(sqlite_url: str) -> None:
         if (family := families.get(prometheus_name(name))) is not None:
             assert (family.type, family.documentation) == (metric.kind, metric.help)
     assert families["db_client_connection_wait_time_seconds"].type == "histogram"
-    assert total(numbers, "overdrive_admission_limit") == 7
-    assert total(numbers, "overdrive_admission_rejected_total", kind="queue") == 2
+    assert total(numbers, "overdrive_admission_limit", name="default") == 7
+    assert total(numbers, "overdrive_admission_refused_full_total") == 2
+    assert total(numbers, "overdrive_jobs_done_total") == 3
 
 
 def test_names_are_those_of_the_conventions() -> None:

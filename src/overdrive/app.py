@@ -76,7 +76,7 @@ class Overdrive:
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
-        #: Further parts whose numbers are exported, by name: each returns numbers by their names, or by name and kind.
+        #: Further parts whose numbers are exported: by their names, or of several things by the name of each.
         self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._exporter: Exporter | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

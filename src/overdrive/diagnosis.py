@@ -33,6 +33,8 @@ from .pool.explain import on_connection
 from .pool.pool import FairPool
 from .routes import Site, page_model, sites
 
+_OURS = ("Observer", "RequestPath")
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -52,7 +54,7 @@ class Setup:
     def as_text(self) -> str:
         """Return what there is, and after it a line for each finding."""
         width = max(map(len, self.routes), default=0)
-        lines = [f"layers  {' > '.join(self.layers)}"]
+        lines = ["layers  " + " > ".join(f"overdrive.{each}" if each in _OURS else each for each in self.layers)]
         lines += [f"route   {name:<{width}}  {'; '.join(gets) or '-'}" for name, gets in self.routes.items()]
         lines += [f"pool    {size}" for size in self.sizes]
         lines += [f"wrong   {finding}" for finding in self.findings]

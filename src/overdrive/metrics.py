@@ -95,6 +95,19 @@ METRICS = {
     "overdrive.cache.redis.unreadable": Metric("counter", "{entry}", "Entries damaged, or another release's."),
     "overdrive.cache.redis.full": Metric("counter", "{entry}", "Entries Redis had no memory for."),
     "overdrive.cache.redis.opened": Metric("counter", "{time}", "Times Redis was found to be away."),
+    "overdrive.admission.limit": Metric("gauge", "{request}", "Requests that may have a connection at once."),
+    "overdrive.admission.inflight": Metric("gauge", "{request}", "Requests that were admitted and are not done."),
+    "overdrive.admission.queued": Metric("gauge", "{request}", "Requests that wait to be admitted."),
+    "overdrive.admission.admitted": Metric("counter", "{request}", "Requests that were admitted."),
+    **{
+        f"overdrive.admission.refused_{why}": Metric("counter", "{request}", f"Requests not admitted: {text}.")
+        for why, text in (
+            ("wait", "it would have been too long"),
+            ("full", "too many waited"),
+            ("late", "it had been too long"),
+            ("left", "the client had hung up"),
+        )
+    },
     "overdrive.pages": Metric("counter", "{page}", "Pages, by their style."),
     "overdrive.log.emitted": Metric("counter", "{line}", "Lines that were logged."),
     "overdrive.log.written": Metric("counter", "{line}", "Lines that were written."),
@@ -175,11 +188,13 @@ def of_log(handlers: Iterable[LogHandler]) -> Iterator[Reading]:
 
 
 def of_source(source: str, numbers: Mapping[str, Any]) -> Iterator[Reading]:
-    """Read a part of which no more is known than its numbers' names; one in a mapping is one of several kinds."""
+    """Read a part of which no more is known than its numbers' names, or those of each of several things by its name."""
     for name, value in numbers.items():
-        kinds = value.items() if isinstance(value, Mapping) else [(None, value)]
-        for kind, number in kinds:
-            yield Reading(f"overdrive.{source}.{name}", {} if kind is None else {"kind": str(kind)}, number)
+        if isinstance(value, Mapping):
+            for each, number in value.items():
+                yield Reading(f"overdrive.{source}.{each}", {"name": name}, number)
+        else:
+            yield Reading(f"overdrive.{source}.{name}", {}, value)
 
 
 def metric_of(name: str) -> Metric:

@@ -381,7 +381,6 @@ class FairPool(Pool):
         now = time.monotonic()
         lifetime = self._recycle * (1 - _JITTER * random.random()) if self._recycle > -1 else float("inf")
         pooled = record.record_info[_KEY] = Pooled(self._fair, record, now + lifetime)
-        pooled.taken_at = now
         with self._lock:
             self._created += 1
             self.create_time.note(now - began)
@@ -428,7 +427,10 @@ class FairPool(Pool):
         entry: Any = record
         pooled: Pooled = entry.record_info[_KEY]
         now = time.monotonic()
-        self.use_time.note(now - pooled.taken_at)
+        # Nobody has taken what was opened for one who has left.
+        if pooled.taken_at:
+            self.use_time.note(now - pooled.taken_at)
+            pooled.taken_at = 0.0
         if self._holders is not None:
             self._holders.gave(pooled)
         if self._disposed or entry._is_hard_or_soft_invalidated():
