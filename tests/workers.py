@@ -34,8 +34,7 @@ class Workers:
         return http.get("/items/1")
 
     def meet(self, number: int) -> None:
-        """Connect until there is a connection to so many workers that live."""
-        self.close()
+        """Connect until there is a connection to so many workers."""
         while len(self.by_pid) < number:
             http = httpx2.Client(transport=httpx2.HTTPTransport(uds=self._path), base_url="http://test", timeout=60)
             pid = http.get("/pid").json()
