@@ -101,7 +101,10 @@ class Neighbours:
 
     def _look(self) -> None:
         # What cleans a temporary directory may have taken the file: who comes then makes another one.
-        if self._fd is None or not self._is_here(self._fd):
+        if self._fd is not None and not self._is_here(self._fd):
+            os.close(self._fd)
+            self._fd = None
+        if self._fd is None:
             self._fd, self._shared = self._join()
         # Whoever comes after this has changed the number.
         self._known = bytes(self._shared[:8])
