@@ -111,6 +111,25 @@ def test_a_file_that_was_cleaned_away_is_made_again(other: Neighbour, own_direct
     assert other.do("look") == "several"
 
 
+def test_who_leaves_takes_no_other_file_along(other: Neighbour, own_directory: Path) -> None:
+    own = Neighbours(NAME)
+    own.alone_since()
+    files(own_directory)[0].unlink()
+    other.do("look")
+    own.leave()
+    assert len(files(own_directory)) == 1
+
+
+def test_who_has_written_is_seen_again(other: Neighbour, own_directory: Path) -> None:
+    own = Neighbours(NAME)
+    own.alone_since()
+    other.do("write")
+    files(own_directory)[0].unlink()
+    assert own.alone_since() is not None
+    other.do("write")
+    assert own.alone_since() is None
+
+
 def test_a_fork_is_another_process(other: Neighbour) -> None:
     other.do("look")
     other.do("fork")

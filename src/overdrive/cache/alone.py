@@ -83,15 +83,17 @@ class Neighbours:
 
     def come(self) -> None:
         """Let the others know that this process is there, if there are any."""
-        if self._fd is None and os.path.exists(self._path):
+        if self._fd is not None or os.path.exists(self._path):
             self.alone_since()
 
     def leave(self) -> None:
         """Be gone, until the next look; the last one takes the file along."""
         with self._lock:
             if self._fd is not None:
-                if self._is_alone(self._fd):
-                    with suppress(FileNotFoundError):
+                # Who comes just now waits for this lock, and finds the file gone.
+                with suppress(BlockingIOError, PermissionError):
+                    fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _THERE)
+                    if self._is_here(self._fd):
                         os.unlink(self._path)
                 fd, shared = self._fd, self._shared
                 self._fd, self._shared, self._known = None, b"", None
