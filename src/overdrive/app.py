@@ -6,25 +6,30 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
-from sqlalchemy import Engine
+from fastapi import APIRouter, FastAPI, Request
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from .cache.alone import LoneStore
 from .cache.cache import Cache
-from .cache.store import MemoryStore, Store, bytes_of_process
+from .cache.store import Store, bytes_of_process
 from .config import CacheSettings, Settings
 from .errors import ConfigurationError
 from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
+from .metrics import Exporter, Reading, instrument, of_cache, of_log, of_pages, of_pool, of_source
 from .pool.engine import create_engine, create_sync_engine, prepare
 from .pool.observe import Observation, observe
 from .pool.session import Sessions, SyncSessions
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
 
 
 class Overdrive:
@@ -71,7 +76,9 @@ class Overdrive:
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
-        self.cache = _cache(self.settings, cache)
+        #: Further parts whose numbers are exported: by their names, or of several things by the name of each.
+        self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self._exporter: Exporter | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
@@ -85,6 +92,7 @@ class Overdrive:
             self._owned.append(engine)
         self.engine = engine
         self.engines: dict[str, AsyncEngine] = {"default": engine, **(engines or {})}
+        self.cache = _cache(self.settings, cache, [each.url for each in self.engines.values()])
         for name, each in self.engines.items():
             self._observe(each.sync_engine, name, prepared=each in self._owned)
         self._sessions = {name: Sessions.of(each, session_class) for name, each in self.engines.items()}
@@ -177,6 +185,8 @@ class Overdrive:
             observation.loop = loop
         for handler in _log_handlers():
             handler.reopen()
+        if self._exporter is not None:
+            self._exporter.keep_writing()
 
     async def aclose(self) -> None:
         """Close what Overdrive has opened, and write what is logged from now on at once."""
@@ -188,6 +198,38 @@ class Overdrive:
         await self.cache.aclose()
         for handler in _log_handlers():
             await anyio.to_thread.run_sync(handler.close)
+        if self._exporter is not None:
+            self._exporter.close()
+
+    # Numbers
+
+    def metrics_router(self) -> APIRouter:
+        """Return a router that answers `GET /metrics` for Prometheus, of all workers of this server.
+
+        What others have counted in the last second may be missing. It is the app's to keep strangers away from it:
+        `app.include_router(overdrive.metrics_router(), dependencies=[...])`.
+        """
+        if self._exporter is None:
+            self._exporter = Exporter(self._numbers)
+        return self._exporter.router()
+
+    def instrument(self, meter_provider: MeterProvider | None = None) -> None:
+        """Have OpenTelemetry read the numbers of this process, by the same names.
+
+        meter_provider: left out, the global one.
+        """
+        instrument(self._numbers, meter_provider)
+
+    def _numbers(self) -> Iterator[Reading]:
+        for name, engine in self.engines.items():
+            yield from of_pool(name, engine.sync_engine.pool)
+        for name, sync in self._sync_sessions.items():
+            yield from of_pool(f"{name}-sync", sync.engine.pool)
+        yield from of_cache(self.cache)
+        yield from of_pages()
+        yield from of_log(_log_handlers())
+        for name, read in self.sources.items():
+            yield from of_source(name, read())
 
 
 def add_pagination(app: FastAPI) -> FastAPI:
@@ -208,12 +250,12 @@ def _settings(settings: Settings | None, **given: str | None) -> Settings:
     return settings
 
 
-def _cache(settings: Settings, enabled: bool | None) -> Cache:
+def _cache(settings: Settings, enabled: bool | None, databases: Iterable[URL]) -> Cache:
     options: CacheSettings = settings.cache
     strict = options.consistency == "strict"
     store: Store
     if settings.redis_url is None:
-        store = MemoryStore(options.max_bytes)
+        store = LoneStore(options.max_bytes, filter(None, map(_name_of_database, databases)))
     else:
         from .cache.cluster import store_at
 
@@ -225,6 +267,16 @@ def _cache(settings: Settings, enabled: bool | None) -> Cache:
         # A test that does not ask for the cache should not meet another test's responses.
         enabled = "PYTEST_VERSION" not in os.environ
     return Cache(store, enabled=enabled, ttl=options.ttl, max_body=options.max_body, strict=strict)
+
+
+def _name_of_database(url: URL) -> str | None:
+    """Return what all who use a database know it by, whatever their driver and role; None where it is one's own."""
+    if url.get_backend_name() != "sqlite":
+        at = [url.query.get(name, own) for name, own in (("host", url.host), ("port", url.port))]
+        return f"{url.get_backend_name()} {at} {url.database}"
+    if url.database in (None, "", ":memory:"):
+        return None
+    return f"sqlite {os.path.realpath(url.database)}"
 
 
 def _log_handlers() -> Iterator[LogHandler]:

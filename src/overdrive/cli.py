@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from .cache.store import StoreUnavailable
 from .cache.trust import EVERYTHING, is_known, requests, template_of
 from .config import Settings
-from .doctor import examine
+from .diagnosis import set_up
+from .doctor import Report, examine
 from .endpoint import CACHED
 from .errors import ConfigurationError
 from .inspection import Inspection, explain, inspected, overdrive_of
@@ -170,24 +171,32 @@ def _commands() -> "typer.Typer":
         header: Annotated[list[str], typer.Option(help="'NAME: VALUE' to send; may be repeated.")] = [],  # noqa: B006
         as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     ) -> None:
-        """Name the index that a page lacks, with proof; print nothing where all is well.
+        """Say how an app is set up and what of it is wrong, and name the index that a page lacks, with proof.
 
         GET routes that declare a page are really called, on databases that refuse writes. The exit status is 1 where
-        there is advice, else 2 where something could not be examined.
+        there is something to be done, else 2 where something could not be examined.
         """
+        setup, report = None, Report()
         try:
             # What the app prints is not what was asked for.
             with contextlib.redirect_stdout(sys.stderr):
-                report = asyncio.run(examine(_app(target), _pairs("=", param), _pairs(":", header)))
+                examined = _app(target)
+                setup = asyncio.run(set_up(examined))
+                report = asyncio.run(examine(examined, _pairs("=", param), _pairs(":", header)))
+            status = report.status
         except ConfigurationError as error:
             print(f"overdrive: {error}", file=sys.stderr)
-            sys.exit(_UNEXAMINED)
+            status = _UNEXAMINED
         except Exception:
             traceback.print_exc()
-            sys.exit(_UNEXAMINED)
-        if text := report.as_json() if as_json else report.as_text():
-            print(text)
-        sys.exit(report.status)
+            status = _UNEXAMINED
+        if setup is None:
+            sys.exit(status)
+        if as_json:
+            print(json.dumps({"setup": asdict(setup), **asdict(report)}, indent=2))
+        else:
+            print("\n\n".join(filter(None, [setup.as_text(), report.as_text()])))
+        sys.exit(1 if setup.findings else status)
 
     return app
 

@@ -1,4 +1,4 @@
-"""`overdrive doctor`: what an app's pages lack in its database.
+"""`overdrive doctor`: what an app's pages lack in its database; `diagnosis` is the rest of it.
 
 Every route that declares a page is called as a client would call it, in this process, while databases refuse writes
 and the cache is off. What it sent for its page is explained, and where no index gives the page's order, the index
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -87,10 +87,6 @@ class Report:
     def status(self) -> int:
         """The exit status: 1 where there is advice, else 2 where a route could not be examined, else 0."""
         return 1 if self.advice else 2 if self.unexamined else 0
-
-    def as_json(self) -> str:
-        """Return a document with the fields of this class."""
-        return json.dumps(asdict(self), indent=2)
 
     def as_text(self) -> str:
         """Return a block for each finding; nothing where all is well."""

@@ -103,7 +103,7 @@ async def inspected(overdrive: Overdrive) -> Inspection:
         await store.aclose()
     layers, routes, cached = overdrive.layers(), {}, {}
     for site in sites(overdrive.installation.app):
-        routes[site.name] = list(_treatment(site))
+        routes[site.name] = list(treatment(site))
         mark = getattr(site.route.endpoint, CACHED, None)
         if mark is not None and not isinstance(site.route.original_route, APIWebSocketRoute):
             counts = None if sums is None else sums.get(site.name, {})
@@ -113,7 +113,8 @@ async def inspected(overdrive: Overdrive) -> Inspection:
     return Inspection(layers, routes, cached, sorted(off), note)
 
 
-def _treatment(site: Site) -> Iterator[str]:
+def treatment(site: Site) -> Iterator[str]:
+    """Name the page and the sessions a route gets."""
     refuse_misuse(site)
     # A websocket has no pages.
     if not isinstance(site.route.original_route, APIWebSocketRoute) and (style := page_style(site)) is not None:
@@ -129,7 +130,7 @@ def _cached(
     plan = key_plan(site, mark, ttl)
     return CachedRoute(
         _mode(site, mark, overdrive, off, enabled=overdrive.cache.enabled),
-        _verdict(site, mark, plan),
+        verdict(site, mark, plan),
         [] if isinstance(plan, str) else _inputs(site, mark, plan, overdrive),
         ttl,
         counts,
@@ -145,7 +146,8 @@ def _mode(site: Site, mark: Mark, overdrive: Overdrive, off: frozenset[str], *, 
     return f"{trust.mode}, verify {trust.verify:.3g}" if trust.verify else trust.mode
 
 
-def _verdict(site: Site, mark: Mark, plan: KeyPlan | str) -> str:
+def verdict(site: Site, mark: Mark, plan: KeyPlan | str) -> str:
+    """Say whose a cached route's responses are, or why they are not kept."""
     if isinstance(plan, str):
         return f"not cached: {plan}"
     if mark.public:
@@ -309,7 +311,7 @@ async def _explained(
     store = overdrive.cache.store
     off = await store.switched_off()
     findings["mode"] = _mode(site, mark, overdrive, off, enabled=enabled)
-    findings["verdict"] = _verdict(site, mark, plan)
+    findings["verdict"] = verdict(site, mark, plan)
     findings["key of"] = _inputs(site, mark, plan, overdrive)
     findings["key"] = exchange.key
     # The cache is off here, so that this says nothing else has kept it out.

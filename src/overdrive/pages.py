@@ -65,6 +65,9 @@ _ENVELOPES: dict[Style, tuple[type[BasePage[Any]], ...]] = {
 
 _recipes = Recipes()
 
+#: How many pages of each style this process has begun.
+served: dict[Style, int] = dict.fromkeys(_ENVELOPES, 0)
+
 Transform = Callable[[list[Any]], Any]
 
 
@@ -143,6 +146,7 @@ def paginate(
     params = _params(asked, [each for each in (page, limit_offset, cursor) if each is not None])
     envelope = _envelope(asked, params, total)
     total = total or envelope.totals[0]
+    served[params.style] += 1
     if context is not None:
         context.page_style = params.style
 

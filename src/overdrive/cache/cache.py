@@ -236,7 +236,8 @@ class Cache:
 
     def seen(self) -> Instant | None:
         """Return the write clock as this process last saw it, without asking anyone."""
-        return self.store.seen()
+        # Whoever keeps nothing is nobody's neighbour: `overdrive explain` is not.
+        return self.store.seen() if self.enabled else None
 
     async def look_up(self, exchange: Exchange, found: Found | None = None) -> None:
         """Find the entry that answers this request, and note on `exchange` how the look-up went."""
@@ -438,6 +439,8 @@ class Cache:
         unstamped = dict.fromkeys(tags, 0)
         entry = Entry(FORMAT, fingerprint, instant.epoch, unstamped, self.clock(), ttl, 200, headers, body, form)
         not_kept = entry if flight is not None and flight.instant == instant else Landed.NOWHERE
+        if self.store.refuses(tags):
+            return not_kept, False
         try:
             epoch, versions = await self.store.versions(tags)
             if epoch != instant.epoch or any(version > instant.now for version in versions.values()):

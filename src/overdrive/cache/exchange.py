@@ -339,6 +339,8 @@ class Exchange:
         if unknown := self.context.reads.unknown:
             self._cache.complain_once(self.context.route, unknown[0])
             return "unknown-reads"
+        if refused := self._cache.store.refuses(self.context.reads.tags):
+            return refused
         return reason_not_to_store(status, headers, self.policy, self._cache.max_body)
 
     async def _pass_on(self, message: Message, chunk: bytes, more: bool, send: Send) -> None:

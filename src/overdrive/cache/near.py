@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 from .entry import Entry, Instant
 from .memory import Memory
-from .store import size_of
+from .store import size_of, statistics_of
 
 #: Tags written since it began to listen: beyond so many, all is forgotten.
 _MOST_STAMPS = 100_000
@@ -44,6 +44,10 @@ class Near:
         self._changes = 0
         #: When it knows nothing any more, unless it hears something.
         self._until = float("-inf")
+
+    def statistics(self) -> dict[str, int]:
+        """Return what is kept."""
+        return statistics_of(self._entries, self._stamps)
 
     def confirm(self, instant: Instant, until: float) -> None:
         """Know until then that nothing was missed, where this is the clock by now; else begin to listen."""

@@ -364,6 +364,23 @@ class RedisStore:
         """Return the command that begins a new epoch where writes may have been forgotten."""
         return "EVAL", _SAME_HISTORY, 3, self._clock, self._history, self.channel, secrets.token_hex(8)
 
+    async def described(self) -> dict[str, str]:
+        """Return what Redis says of itself by INFO, and as `pushes` whether it may tell of writes: yes, or why not."""
+        loop = asyncio.get_running_loop()
+        connection = await self._address.connect(Link(self, loop, self._address, (self._clock, self._switches)))
+        try:
+            (info,) = await connection.demand(("INFO",))
+            pairs = (line.partition(":") for line in info.decode().splitlines() if ":" in line)
+            said = {name: value for name, _, value in pairs} | {"pushes": "yes"}
+            for command in (("HELLO", 3), ("SUBSCRIBE", self.channel)):
+                if isinstance(reply := await connection.ask(*command), ReplyError | StoreUnavailable):
+                    said["pushes"] = str(reply)
+                    break
+            return said
+        finally:
+            connection.close("closed")
+            await connection.closed
+
     def _beginning(self) -> tuple[str | int, ...]:
         return "EVAL", _VERSIONS.text, 2, self._clock, self.channel, secrets.token_hex(8)
 
@@ -485,6 +502,9 @@ class RedisStore:
         clock, *stamps = await self._run(_VERSIONS, tags, patient=False)
         return _instant(clock), dict(zip(tags, map(_stamp_in, stamps), strict=True))
 
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Refuse nothing: every worker hears of every write."""
+
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
         name, data = f"{self._prefix}:entry:{key}", encode(entry)
@@ -560,6 +580,17 @@ class RedisStore:
             route, _, name = field.decode().partition("\n")
             sums.setdefault(route, {})[name] = int(count)
         return sums
+
+    def statistics(self) -> dict[str, int]:
+        """Return what was counted, and what is kept near."""
+        near = [route.near.statistics() for route in self._routes.values() if route.near is not None]
+        return {
+            "redis.trips": self.trips,
+            "redis.answered": self.batched,
+            "redis.unreadable": self.unreadable,
+            "redis.full": self.refused_fills,
+            "redis.opened": self.opened,
+        } | {name: sum(each[name] for each in near) for name in (near[0] if near else ())}
 
     async def aclose(self) -> None:
         """Close this loop's connections."""

@@ -15,10 +15,10 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .entry import Entry, Instant
 from .memory import Memory
@@ -96,6 +96,9 @@ class Store(Protocol):
         That of a pending tag is `PENDING`; one that has been pending for too long is stamped anew.
         """
 
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Say in a word why nothing that has read these is kept; None where it is."""
+
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
 
@@ -153,6 +156,9 @@ class Store(Protocol):
     async def sums(self) -> dict[str, dict[str, int]] | None:
         """Return these counts, by route and by name; None where nobody shares the store."""
 
+    def statistics(self) -> dict[str, int]:
+        """Return what this process has of it and has counted, by name."""
+
     async def aclose(self) -> None:
         """Give connections back."""
 
@@ -186,6 +192,16 @@ def size_of(entry: Entry) -> int:
     return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
 
 
+def statistics_of(entries: Memory[Any], tags: Sized) -> dict[str, int]:
+    """Return what entries in the process come to, by name."""
+    return {
+        "entries": len(entries),
+        "memory": entries.bytes,
+        "evictions": entries.evictions,
+        "tags": len(tags),
+    }
+
+
 class _Held:
     """An entry, and the instant at which it was last found not to be outdated."""
 
@@ -197,7 +213,7 @@ class _Held:
 
 
 class MemoryStore:
-    """Entries inside the process, for a service of one worker.
+    """Entries inside the process, for a service of one worker; `alone` sees to it that it is one.
 
     max_bytes: what entries may take in all; left out, a sixteenth of the memory that the process may use.
     """
@@ -245,6 +261,9 @@ class MemoryStore:
 
     def _stamps_of(self, tags: Iterable[str]) -> dict[str, int]:
         return {tag: self._stamps.get(tag, 0) for tag in tags}
+
+    def refuses(self, tags: Collection[str]) -> str | None:
+        """Refuse nothing."""
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
@@ -298,6 +317,10 @@ class MemoryStore:
 
     async def clear(self) -> None:
         """Begin a new epoch and forget every entry."""
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Do so at once."""
         self._instant = Instant(secrets.token_hex(8), 0)
         self._entries.clear()
         self._stamps.clear()
@@ -317,6 +340,10 @@ class MemoryStore:
 
     async def sums(self) -> None:
         """Nobody shares this store."""
+
+    def statistics(self) -> dict[str, int]:
+        """Return what is kept."""
+        return statistics_of(self._entries, self._stamps)
 
     async def aclose(self) -> None:
         """Nothing is open."""

@@ -87,7 +87,7 @@ def tag_of_call(key: str) -> str:
     A store remembers every tag, so there is no more than one for each 65,536th part of all calls, and some are
     dropped with another.
     """
-    return _CALL + key[:4]
+    return CALL + key[:4]
 
 
 def _digest(parts: Any) -> str:
@@ -95,7 +95,8 @@ def _digest(parts: Any) -> str:
 
 
 _MEMOIZED = "__overdrive_memoized__"
-_CALL = "call/"
+#: What the tags of calls begin with.
+CALL = "call/"
 
 
 def is_memoized(function: Callable[..., Any]) -> bool:
@@ -187,7 +188,7 @@ class Values:
         body: bytes,
     ) -> Landing:
         # Reads nobody can name make a value that nobody can outdate, unless it says by what else than its name.
-        if instant is None or (reads.unknown and all(tag.startswith((_CALL, TENANT)) for tag in tags)):
+        if instant is None or (reads.unknown and all(tag.startswith((CALL, TENANT)) for tag in tags)):
             return Landed.ALONE
         landing, _stored = await self._cache.keep(
             name, fingerprint, instant, reads.tags | set(tags), ttl, headers=[], body=body, flight=flight

@@ -94,6 +94,9 @@ class LogHandler(logging.Handler):
             raise ConfigurationError('LogHandler(slow=...) says which requests are kept: it goes with tail="errors"')
         super().__init__(level)
         self.formatter = _JSON_LINES
+        #: Where it writes, as handlers of the standard library say it.
+        self.baseFilename = None if path is None else os.path.abspath(path)
+        self.stream = None if path is not None else sys.stderr if stream is None else stream
         sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
         self._writer = Writer(sink, max_bytes, self._notice)
         self._encoding = _Encoding()

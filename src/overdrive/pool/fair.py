@@ -34,14 +34,14 @@ class Pooled:
     expires: when it is replaced.
     """
 
-    __slots__ = ("expires", "home", "idle_since", "resource")
+    __slots__ = ("expires", "home", "idle_since", "resource", "taken_at")
 
     def __init__(self, home: Fair, resource: Any, expires: float) -> None:
         self.home = home
         self.resource = resource
         self.expires = expires
-        #: When it last came back.
-        self.idle_since = 0.0
+        #: When it was last taken, and when it came back.
+        self.taken_at = self.idle_since = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
 from overdrive.errors import ConfigurationError, OverloadedError
+from overdrive.instrumentation.numbers import Histogram
 
 from .closing import abandon, close, has_loop, watch
 from .fair import Fair, Place, Pooled, Refusal, Waiter
@@ -193,6 +194,8 @@ class FairPool(Pool):
         self._last_failure: Exception | None = None
         self._timeouts = self._waits = self._created = self._failures = 0
         self._wait_time = 0.0
+        #: How long it took to open connections, to get one and to give it back.
+        self.create_time, self.wait_time, self.use_time = Histogram(), Histogram(), Histogram()
 
     def _empty(self) -> Fair:
         size, overflow = self._options["pool_size"], self._options["max_overflow"]
@@ -277,6 +280,11 @@ class FairPool(Pool):
             got = self._fair.ask(now)
         if not isinstance(got, Pooled) or self._is_over(got, now) or self._is_doubtful(got, now):
             got = self._get(got, now)
+            got.taken_at = time.monotonic()
+            self.wait_time.note(got.taken_at - now)
+        else:
+            got.taken_at = now
+            self.wait_time.counts[0] += 1
         if self._holders is not None:
             self._holders.took(got, now)
         return got.resource  # type: ignore[no-any-return]
@@ -355,6 +363,7 @@ class FairPool(Pool):
         return task.result()
 
     def _connect(self) -> Pooled:
+        began = time.monotonic()
         try:
             record: Any = self._create_connection()
             if self._dialect.is_async:
@@ -374,6 +383,7 @@ class FairPool(Pool):
         pooled = record.record_info[_KEY] = Pooled(self._fair, record, now + lifetime)
         with self._lock:
             self._created += 1
+            self.create_time.note(now - began)
             self._last_failure = None
             self._fair.opened(now)
         self._note_due()
@@ -416,12 +426,16 @@ class FairPool(Pool):
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         entry: Any = record
         pooled: Pooled = entry.record_info[_KEY]
+        now = time.monotonic()
+        # Nobody has taken what was opened for one who has left.
+        if pooled.taken_at:
+            self.use_time.note(now - pooled.taken_at)
+            pooled.taken_at = 0.0
         if self._holders is not None:
             self._holders.gave(pooled)
         if self._disposed or entry._is_hard_or_soft_invalidated():
             self._discard(pooled)
             return
-        now = time.monotonic()
         with self._lock:
             pooled.home.give(pooled, now)
         if now >= self._tick_at:
