@@ -151,6 +151,11 @@ class Exchange:
         self._storing = False
         self._chunks: list[bytes] = []
 
+    @property
+    def is_bypassed(self) -> bool:
+        """Say whether the endpoint is to answer without anything that is kept."""
+        return self._mark == "bypass"
+
     async def look_up(self) -> None:
         """Set `entry` to what answers this request, if there is such an entry."""
         if self.context.wrote:
