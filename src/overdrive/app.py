@@ -118,7 +118,10 @@ class Overdrive:
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
         if not prepared:
             prepare(engine)
-        self._observations.append(observe(engine, name, self.cache.invalidator))
+        observation = observe(engine, name, self.cache.invalidator)
+        # One that is made while the app serves has missed the loop's beginning.
+        observation.loop = self._loop
+        self._observations.append(observation)
 
     # Sessions
 

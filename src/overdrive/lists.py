@@ -58,10 +58,10 @@ class ListKeeper:
     """Keeps what one request finds out about lists, for all who would find the same."""
 
     cache: Cache
+    context: RequestContext
     db: AsyncSession | Session
     engine: Engine
     observation: Observation
-    tenant: str | None
     #: By name, what was named by this request.
     facts: dict[str, Facts]
 
@@ -71,22 +71,18 @@ class ListKeeper:
         if context is None or context.runtime is None or not context.runtime.settings.pagination.cache_totals:
             return None
         cache: Cache = context.runtime.cache
-        # What was read in ways that nobody can name may also have set something.
-        if not cache.enabled or context.wrote or context.reads.unknown or context.lacks_tenant:
+        if not cache.enabled or context.lacks_tenant:
             return None
         # A response that is compared with what is kept must not be made of what is kept.
         if context.exchange is not None and context.exchange.is_bypassed:
             return None
-        session = db.sync_session if isinstance(db, AsyncSession) else db
-        engine = session.get_bind(clause=statement)  # type: ignore[arg-type]
-        if not isinstance(engine, Engine) or not sees_what_all_see(session, engine):
-            return None
-        observation = observation_of(engine)
-        if observation is None or cache.invalidator not in observation.observers:
+        engine = _plain(db).get_bind(clause=statement)  # type: ignore[arg-type]
+        observation = observation_of(engine) if isinstance(engine, Engine) else None
+        if not isinstance(engine, Engine) or observation is None or cache.invalidator not in observation.observers:
             return None
         if isinstance(db, Session) and not _is_beside(observation.loop):
             return None
-        return cls(cache, db, engine, observation, context.tenant, {})
+        return cls(cache, context, db, engine, observation, {})
 
     def wait(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Have something awaited on the serving loop, for a thread beside it."""
@@ -96,7 +92,10 @@ class ListKeeper:
 
     def name_of(self, query: Query) -> str | None:
         """Return what tells a query, with its values, from every other one; None where nothing of it can be kept."""
-        if query.statement.get_execution_options():
+        # What was read in ways that nobody can name may also have set something.
+        if self.context.wrote or self.context.reads.unknown or query.statement.get_execution_options():
+            return None
+        if not sees_what_all_see(_plain(self.db), self.engine):
             return None
         sent = _sent_as(self.engine, query.statement)
         # Which rows were looked for by their keys, and found, is known only when they have been read.
@@ -139,16 +138,20 @@ class ListKeeper:
         assert isinstance(kept.since, Since)
         instant, ttl = kept.since
         tags = self.observation.reads_of(self.facts[name])
-        if self.tenant is not None:
-            tags |= {tag_of_tenant(self.tenant)}
+        if self.context.tenant is not None:
+            tags |= {tag_of_tenant(self.context.tenant)}
         await self.cache.keep(self._key(name), _FORM, instant, tags, ttl, headers=[], body=body, flight=None)
 
     def _key(self, name: str) -> str:
-        return f"list:{_digest((name, self.tenant))}"
+        return f"list:{_digest((name, self.context.tenant))}"
 
     def _left(self, entry: Entry) -> float:
         # With a life of its own, each addition would have what nobody heard of being written live on.
         return entry.created + entry.ttl - self.cache.clock()
+
+
+def _plain(db: AsyncSession | Session) -> Session:
+    return db.sync_session if isinstance(db, AsyncSession) else db
 
 
 def _is_beside(loop: asyncio.AbstractEventLoop | None) -> bool:

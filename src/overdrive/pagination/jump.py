@@ -110,9 +110,9 @@ class Order:
 
     def seek(self, known: Mapping[int, Keys], number: int, given: Mapping[str, Any]) -> Steps[Keys | None]:
         """Find the keys of a row by its number, from 0, beginning at one that is known; None beyond the end."""
+        if number in known:
+            return known[number]
         start = boundary.nearest(known, number)
-        if start == number:
-            return known[start]
         position = Position(known[start] if start else (), backward=start > number)
         # A row that is walked back from is none of those before it.
         skip = start - number - 1 if position.backward else number - start

@@ -393,7 +393,9 @@ async def _tell(announced: Announced, outcome: Outcome) -> None:
 
 def has_begun(connection: Connection) -> bool:
     """Say whether the database was asked for anything but plain reads since the last end of a transaction."""
-    return _transaction_of(connection.info).began
+    # A driver told so (PEP 249's way) opens one on SQLite for reads as well.
+    is_open = getattr(connection.connection.driver_connection, "in_transaction", False)
+    return is_open or _transaction_of(connection.info).began
 
 
 #: Whether a driver's connection has no transaction open; none of them asks the database.
