@@ -60,9 +60,7 @@ def is_ours_alone(engine: Engine) -> bool:
     dispatch = engine.dispatch
     return (
         observation is not None
-        and (
-            engine.dialect.name == "sqlite" or observation.reads_need_no_transaction(engine.get_execution_options())
-        )
+        and (engine.dialect.name == "sqlite" or observation.reads_need_no_transaction(engine.get_execution_options()))
         and not dispatch.engine_connect
         and not dispatch.begin
         and not dispatch.rollback
