@@ -119,8 +119,9 @@ class Overdrive:
         if not prepared:
             prepare(engine)
         observation = observe(engine, name, self.cache.invalidator)
-        # One that is made while the app serves has missed the loop's beginning.
-        observation.loop = self._loop
+        if self._loop is not None:
+            # It is made while the app serves, so `enter_loop` was too early for it.
+            observation.loop = self._loop
         self._observations.append(observation)
 
     # Sessions
