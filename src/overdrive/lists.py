@@ -111,13 +111,16 @@ class ListKeeper:
 
     async def number(self, name: str, count: Steps[int]) -> int:
         """Return the number that is kept, or what these steps come to."""
+        ready = None
         if isinstance(self.db, AsyncSession):
             load = partial(run_async, count, partial(send, self.db))
+            # Or those who wait for it might hold every connection that it waits for.
+            ready = partial(self.db.connection, bind_arguments={"bind": self.engine})
         else:
-            # The request's own thread waits for this, so no place among those threads is needed.
+            # The request has its place at the pool, and its own thread waits for this one.
             load = partial(asyncio.to_thread, run, count, partial(send_sync, self.db))
         number: int = await self.cache.values.get_or_set(
-            f"overdrive.total:{name}", load, type_=int, ttl=None, tags=(), shared=False, anew=True
+            f"overdrive.total:{name}", load, type_=int, ttl=None, tags=(), shared=False, anew=True, ready=ready
         )
         return number
 

@@ -119,10 +119,12 @@ class Values:
         tags: Collection[str],
         shared: bool,
         anew: bool = False,
+        ready: Callable[[], Awaitable[Any]] | None = None,
     ) -> Any:
         """Return the value that is kept under `key`, or what `load` gives.
 
         anew: whether that is read by statements alone, and nothing of it was read by the request before.
+        ready: takes what `load` needs and others may hold, before anybody waits for it.
         """
         context = current()
         for reads in collectors():
@@ -139,7 +141,10 @@ class Values:
         if tenant is not None:
             tags = [*tags, tag_of_tenant(tenant)]
         try:
-            turn = await self._cache.find(name, fingerprint)
+            turn = await self._cache.find(name, fingerprint, alone=ready is not None)
+            if turn.entry is None and ready is not None and not turn.is_off:
+                await ready()
+                turn = await self._cache.find(name, fingerprint)
         except StoreUnavailable:
             return await load()
         if turn.entry is not None:
