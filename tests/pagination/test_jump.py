@@ -79,7 +79,7 @@ def _check(walker: Walker, walk: Walk, pages: list[tuple[int, int]]) -> None:
         assert walker.numbered(stmt, offset, size, keeping) == rows[offset : offset + size]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=120, deadline=None, suppress_health_check=relaxed)
 @given(walks(60), pages)
 def test_any_page_is_a_piece_of_the_list_on_sqlite(
     all_deep: None, lite_walker: Walker, walk: Walk, pages: list[tuple[int, int]]
@@ -87,7 +87,7 @@ def test_any_page_is_a_piece_of_the_list_on_sqlite(
     _check(lite_walker, walk, pages)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=80, deadline=None, suppress_health_check=relaxed)
 @given(walks(60), pages)
 def test_any_page_is_a_piece_of_the_list_on_postgresql(
     all_deep: None, postgres_walker: Walker, walk: Walk, pages: list[tuple[int, int]]
