@@ -151,11 +151,6 @@ class Exchange:
         self._storing = False
         self._chunks: list[bytes] = []
 
-    @property
-    def is_bypassed(self) -> bool:
-        """Say whether the endpoint is to answer without anything that is kept."""
-        return self._mark == "bypass"
-
     async def look_up(self) -> None:
         """Set `entry` to what answers this request, if there is such an entry."""
         if self.context.wrote:
@@ -188,6 +183,11 @@ class Exchange:
         """Note that the cache does not take part."""
         self._doubted = None
         self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Say whether the endpoint is to answer without anything that is kept."""
+        return self._mark == "bypass"
 
     def miss(self, kind: str, detail: str = "") -> None:
         """Note that the cache had no answer."""
