@@ -62,7 +62,14 @@ def test_defaults() -> None:
             "sample": {},
             "server_timing": False,
         },
-        "pagination": {"size": 50, "max_size": 100, "max_offset": 1_000_000, "link_header": True, "secrets": ()},
+        "pagination": {
+            "size": 50,
+            "max_size": 100,
+            "max_offset": 1_000_000,
+            "cache_totals": False,
+            "link_header": True,
+            "secrets": (),
+        },
     }
 
 
@@ -97,6 +104,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "PAGINATION__SIZE": 7,
         "PAGINATION__MAX_SIZE": 8,
         "PAGINATION__MAX_OFFSET": 9,
+        "PAGINATION__CACHE_TOTALS": True,
         "PAGINATION__LINK_HEADER": False,
         "PAGINATION__SECRETS": "hush" * 4,
     }

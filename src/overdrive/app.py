@@ -126,7 +126,11 @@ class Overdrive:
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
         if not prepared:
             prepare(engine)
-        self._observations.append(observe(engine, name, self.cache.invalidator))
+        observation = observe(engine, name, self.cache.invalidator)
+        if self._loop is not None:
+            # It is made while the app serves, so `enter_loop` was too early for it.
+            observation.loop = self._loop
+        self._observations.append(observation)
 
     # Sessions
 

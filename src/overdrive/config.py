@@ -127,6 +127,9 @@ class PaginationSettings(BaseModel):
     size: rows on a page where the client asks for none.
     max_size: the most a client may ask for.
     max_offset: rows that may come before a page by number, which the database reads to skip them.
+    cache_totals: whether the cache keeps totals, and where in a list which row is, until what they depend on is
+        written: all pages of one list are counted once, and those far behind are found from the nearest one visited.
+        What is written by those whom this service does not see is learnt of when they expire (`cache.ttl`).
     link_header: whether pages carry a `Link` header with their neighbours (RFC 8288).
     secrets: what cursors are signed with, the same wherever the app runs: one text, or several, of which the first
         signs and each is accepted, so that a new one may take over before the old one goes. Each has at least 16
@@ -139,6 +142,7 @@ class PaginationSettings(BaseModel):
     size: int = Field(50, ge=1)
     max_size: int = Field(100, ge=1, le=10_000)
     max_offset: int = Field(1_000_000, ge=0)
+    cache_totals: bool = False
     link_header: bool = True
     secrets: Annotated[tuple[SecretStr, ...], NoDecode] = ()
 

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from .config import PaginationSettings
 from .context import RequestContext, current
 from .errors import PageError, PageTooDeepError
+from .lists import ListKeeper
 from .pagination import number, walk
 from .pagination.body import Writer
 from .pagination.link import link_header
@@ -162,10 +163,11 @@ def paginate(
 
     if isinstance(db, AsyncSession | Session):
         model = asked.model if asked is not None and transform is None else None
-        steps = _steps(db, statement, params, total, count_query, context, model)
+        keeper = ListKeeper.of(db, statement, context) if statement is not None else None
+        steps = _steps(db, statement, params, total, count_query, context, model, keeper)
         if isinstance(db, AsyncSession):
             return _awaited(run_async(steps, partial(send, db)), transform, finished)
-        found = run(steps, partial(send_sync, db))
+        found = run(steps, partial(send_sync, db), keeper.wait if keeper is not None else None)
     else:
         found = _slice(db, statement, params)
     return finished(found if transform is None else replace(found, items=_transformed(found.items, transform)))
@@ -213,6 +215,7 @@ def _steps(
     count_query: Executable | None,
     context: RequestContext | None,
     model: type[BaseModel] | None,
+    keeper: ListKeeper | None,
 ) -> Steps[Found]:
     if statement is None:
         raise PageError("paginate() of a session needs a statement: paginate(db, select(User)).")
@@ -230,6 +233,7 @@ def _steps(
             dialect_name=dialect_name,
             model=model,
             adds_nothing=partial(adds_nothing, session),
+            keeper=keeper,
         )
     walked = walk.cursor_page(
         statement,
@@ -241,7 +245,7 @@ def _steps(
         model=model,
         adds_nothing=partial(adds_nothing, session),
     )
-    return walked if total == "none" else _counted(walked, statement, total, count_query, dialect_name)
+    return walked if total == "none" else _counted(walked, statement, total, count_query, dialect_name, keeper)
 
 
 def _counted(
@@ -250,12 +254,13 @@ def _counted(
     total: Total,
     count_query: Executable | None,
     dialect_name: str,
+    keeper: ListKeeper | None,
 ) -> Steps[Found]:
     found = yield from walked
     if found.next_cursor is None and found.prev_cursor is None:
         return replace(found, total=len(found.items), total_kind="exact")
     rows, kind = yield from number.total_of(
-        statement, total, recipes=_recipes, count_query=count_query, dialect_name=dialect_name
+        statement, total, recipes=_recipes, count_query=count_query, dialect_name=dialect_name, keeper=keeper
     )
     return replace(found, total=rows, total_kind=kind)
 

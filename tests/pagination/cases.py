@@ -41,7 +41,9 @@ from sqlalchemy import (
     select,
 )
 
-from overdrive.pagination.page import CursorPage, CursorParams
+from overdrive.pagination.keeper import Kept
+from overdrive.pagination.number import page
+from overdrive.pagination.page import CursorPage, CursorParams, LimitOffsetParams
 from overdrive.pagination.recipe import Recipes
 from overdrive.pagination.select import run
 from overdrive.pagination.walk import cursor_page
@@ -201,6 +203,16 @@ class Walker:
             if cursor is None:
                 return
 
+    def numbered(self, stmt: Any, offset: int, limit: int, keeper: Any) -> list[Any]:
+        """Read a page by number, as somebody reads it who keeps what was found."""
+
+        def send(statement: Any, parameters: Any, _projected: bool) -> Any:
+            return self.connection.execute(statement, parameters)
+
+        params = LimitOffsetParams(limit=limit, offset=offset)
+        steps = page(stmt, params, recipes=self._recipes, total="none", dialect_name=self.dialect_name, keeper=keeper)
+        return run(steps, send, at_once).items
+
     def check_under_writes(self, walk: Walk, generator: random.Random) -> None:
         """Rows with even numbers, which nobody touches, appear exactly once, in order; whatever becomes of the odd."""
         table, stmt, tie_break = self.prepare(walk)
@@ -229,6 +241,34 @@ class Walker:
         assert cursor is None
         seen = [id_ for id_ in walked if id_ % 2 == 0]
         assert (seen[::-1] if backward else seen) == untouched
+
+
+class Keeping:
+    """Keeps in a dict what pages find out, of every statement alike; `body` is what is known of the list."""
+
+    def __init__(self) -> None:
+        self.body: bytes | None = None
+
+    def name_of(self, query: Any) -> str | None:
+        return str(query.statement)
+
+    async def number(self, name: str, count: Any) -> int:
+        raise AssertionError("nobody counts here")
+
+    async def look(self, _name: str) -> Kept | None:
+        return Kept(self.body, None)
+
+    async def keep(self, _name: str, body: bytes, _kept: Kept) -> None:
+        self.body = body
+
+
+def at_once(call: Callable[[], Any]) -> Any:
+    """What a coroutine function returns that waits for nothing."""
+    try:
+        call().send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it waits")
 
 
 def _expressions(table: Table) -> list[Any]:

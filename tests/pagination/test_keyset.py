@@ -43,8 +43,8 @@ def _row_is_beyond(own: tuple[Any, ...], values: tuple[Any, ...], operator: str)
         if one is None or other is None:
             return None
         if one != other:
-            return bool(one < other if operator == "lt" else one > other)
-    return False
+            return bool(one < other if operator in ("lt", "le") else one > other)
+    return operator in ("le", "ge")
 
 
 @st.composite
@@ -54,16 +54,16 @@ def _orders(draw: st.DrawFn) -> tuple[list[Key], list[tuple[Any, ...]]]:
     return order, draw(st.lists(row, min_size=1, max_size=12))
 
 
-@given(_orders(), st.booleans())
+@given(_orders(), st.booleans(), st.booleans())
 def test_the_ranges_are_what_sorts_after_nearest_first(
-    case: tuple[list[Key], list[tuple[Any, ...]]], row_values: bool
+    case: tuple[list[Key], list[tuple[Any, ...]]], row_values: bool, inclusive: bool
 ) -> None:
     order, rows = case
     rows = sorted(rows, key=cmp_to_key(lambda a, b: _compare(order, a, b)))
     for values in rows:
-        ranges = after(order, values, row_values=row_values)
+        ranges = after(order, values, row_values=row_values, inclusive=inclusive)
         walked = [row for found in ranges for row in rows if _selected(found, row, values)]
-        assert walked == [row for row in rows if _compare(order, row, values) > 0]
+        assert walked == [row for row in rows if _compare(order, row, values) >= (0 if inclusive else 1)]
 
 
 @given(_orders())

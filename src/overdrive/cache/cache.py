@@ -102,7 +102,7 @@ class Cache:
         self.flights = Flights()
         self.refreshes = Refreshes()
         self.ledger = Ledger()
-        self._values = Values(self)
+        self.values = Values(self)
         self._reported_at = time.monotonic()
         self._complained: set[tuple[str | None, str]] = set()
         store.each_time(self._report_in_time)
@@ -216,7 +216,7 @@ class Cache:
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
         msgspec cannot write or read, and for tags that are no names.
         """
-        value: T = await self._values.get_or_set(key, load, type_=type, ttl=ttl, tags=tags_of(tags), shared=shared)
+        value: T = await self.values.get_or_set(key, load, type_=type, ttl=ttl, tags=tags_of(tags), shared=shared)
         return value
 
     def memoize(
@@ -232,7 +232,7 @@ class Cache:
         any other raises `ConfigurationError`, as nothing tells it from the next.
         """
         own = tags_of(tags)
-        return lambda function: self._values.memoize(function, ttl, own, shared=shared)
+        return lambda function: self.values.memoize(function, ttl, own, shared=shared)
 
     def seen(self) -> Instant | None:
         """Return the write clock as this process last saw it, without asking anyone."""

@@ -188,6 +188,11 @@ class Exchange:
         self._doubted = None
         self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
 
+    @property
+    def is_bypassed(self) -> bool:
+        """Say whether the endpoint is to answer without anything that is kept."""
+        return self._mark == "bypass"
+
     def miss(self, kind: str, detail: str = "") -> None:
         """Note that the cache had no answer."""
         self._mark, self.why = "miss", kind

@@ -44,14 +44,14 @@ def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """Return what stands for a call of a function with all of its arguments, of which 1 is not "1"."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    return key_of_call(function, {name: _told(value) for name, value in bound.arguments.items()})
+    return key_of_call(function, {name: told(value) for name, value in bound.arguments.items()})
 
 
 #: Of these types, and no subclasses, the representation is the value.
 _PLAIN = frozenset((type(None), bool, int, float, str, bytes, Decimal, UUID, date, datetime, time, timedelta))
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     """Return text that stands for an argument and for no other; raises `ConfigurationError` where there is none.
 
     An object's own representation does not do: it may be what others have too, or hide what tells them apart.
@@ -60,25 +60,25 @@ def _told(value: Any) -> str:
     if kind in _PLAIN:
         return repr(value)
     if isinstance(value, Enum):
-        told = _told(value.value)
+        text = told(value.value)
     elif kind in (list, tuple):
-        told = ",".join(map(_told, value))
+        text = ",".join(map(told, value))
     elif kind in (set, frozenset):
-        told = ",".join(sorted(map(_told, value)))
+        text = ",".join(sorted(map(told, value)))
     elif kind is dict:
-        told = ",".join(sorted(f"{_told(name)}:{_told(each)}" for name, each in value.items()))
+        text = ",".join(sorted(f"{told(name)}:{told(each)}" for name, each in value.items()))
     elif is_dataclass(kind):
-        told = _told({each.name: getattr(value, each.name) for each in fields(kind)})
+        text = told({each.name: getattr(value, each.name) for each in fields(kind)})
     elif isinstance(value, msgspec.Struct):
-        told = _told(msgspec.structs.asdict(value))
+        text = told(msgspec.structs.asdict(value))
     elif hasattr(kind, "__pydantic_fields__"):
-        told = _told(dict(value))
+        text = told(dict(value))
     else:
         raise ConfigurationError(
             f"memoize() tells calls apart by arguments of plain data, and a {kind.__qualname__} is none: give what "
             "the function needs of it, an id say"
         )
-    return f"{kind.__module__}.{kind.__qualname__}({told})"
+    return f"{kind.__module__}.{kind.__qualname__}({text})"
 
 
 def tag_of_call(key: str) -> str:
@@ -119,8 +119,14 @@ class Values:
         ttl: float | None,
         tags: Collection[str],
         shared: bool,
+        anew: bool = False,
+        ready: Callable[[], Awaitable[Any]] | None = None,
     ) -> Any:
-        """Return the value that is kept under `key`, or what `load` gives."""
+        """Return the value that is kept under `key`, or what `load` gives.
+
+        anew: whether that is read by statements alone, and nothing of it was read by the request before.
+        ready: takes what `load` needs and others may hold, before anybody waits for it.
+        """
         context = current()
         for reads in collectors():
             reads.tags |= set(tags)
@@ -136,7 +142,10 @@ class Values:
         if tenant is not None:
             tags = [*tags, tag_of_tenant(tenant)]
         try:
-            turn = await self._cache.find(name, fingerprint)
+            turn = await self._cache.find(name, fingerprint, alone=ready is not None)
+            if turn.entry is None and ready is not None and not turn.is_off:
+                await ready()
+                turn = await self._cache.find(name, fingerprint)
         except StoreUnavailable:
             return await load()
         if turn.entry is not None:
@@ -147,7 +156,7 @@ class Values:
             return await load()
         instant: Instant | None = turn.instant
         known = Reads()
-        if context is not None and context.statements:
+        if context is not None and context.statements and not anew:
             # What the request's session has read before, it gives again without a statement.
             known.tags, known.unknown, instant = {*context.reads.tags}, [*context.reads.unknown], context.instant
         keep = functools.partial(self._keep, name, fingerprint, instant, tags, ttl or self._cache.ttl, turn.flight)

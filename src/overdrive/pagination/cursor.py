@@ -54,7 +54,7 @@ def encode(values: Sequence[object], types: Sequence[type], *, backward: bool, b
 
     Raises `PageError` where a value is not of its type, or the cursor would be longer than `MAX_LENGTH`.
     """
-    wire = [_to_wire(value, type_) for value, type_ in zip(values, types, strict=True)]
+    wire = [to_wire(value, type_) for value, type_ in zip(values, types, strict=True)]
     payload = msgspec.msgpack.encode([backward, *wire])
     cursor = _text(_tag(payload, binding, key) + payload)
     if len(cursor) > MAX_LENGTH:
@@ -78,7 +78,7 @@ def decode(cursor: str, types: Sequence[type], *, binding: bytes, keys: Sequence
         backward, *wire = msgspec.msgpack.decode(payload)
         # No values at all is an end of the walk; otherwise there is one a key.
         values = zip(wire, types, strict=True) if wire else ()
-        return Position(tuple(_from_wire(value, type_) for value, type_ in values), backward)
+        return Position(tuple(from_wire(value, type_) for value, type_ in values), backward)
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         # Signed by us, for a type that a deployment has changed since.
         raise InvalidCursorError("The cursor was made for other order keys: start at the first page.") from error
@@ -151,7 +151,8 @@ def _form(value: object) -> type | None:
     return next((type_ for type_ in _FORMS if isinstance(value, type_)), None)
 
 
-def _to_wire(value: Any, type_: type) -> Any:
+def to_wire(value: Any, type_: type) -> Any:
+    """Return the form in which a value of this type travels; raises `PageError` where it is not of it."""
     if value is None:
         return None
     if issubclass(type_, Enum) and isinstance(value, type_):
@@ -167,7 +168,8 @@ def _to_wire(value: Any, type_: type) -> Any:
     return _FORMS[form][0](value)
 
 
-def _from_wire(wire: Any, type_: type) -> Any:
+def from_wire(wire: Any, type_: type) -> Any:
+    """Return the value that `to_wire` was given; raises all kinds of errors for what it has not made."""
     if wire is None:
         return None
     if issubclass(type_, Enum):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Operator = Literal["lt", "gt", "is_null", "is_not_null"]
+Operator = Literal["lt", "le", "gt", "ge", "is_null", "is_not_null"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Key:
 
 
 class Range(NamedTuple):
-    """Rows that equal the position in the keys before `start`, and of which the keys up to `end` are beyond it.
+    """Rows that equal the position in the keys before `start`, and are beyond it, or at it, in those up to `end`.
 
     operator: how the keys from `start` to before `end` compare with their values at the position: as a row where
         there are several (SQL:1992, 8.2), and then none of the values is NULL.
@@ -44,12 +44,13 @@ def reverse(keys: Sequence[Key]) -> list[Key]:
     return [Key(not key.descending, not key.nulls_first, key.nullable) for key in keys]
 
 
-def after(keys: Sequence[Key], values: Sequence[object], *, row_values: bool) -> list[Range]:
+def after(keys: Sequence[Key], values: Sequence[object], *, row_values: bool, inclusive: bool = False) -> list[Range]:
     """Return the ranges of rows strictly after the one with these values, the nearest first.
 
     No two have a row in common, and every row of one comes before all of the next.
 
     row_values: whether a comparison of several keys as a row is one range of an index.
+    inclusive: whether the row with these values is wanted, too.
     """
     ranges = []
     end = len(keys)
@@ -57,14 +58,24 @@ def after(keys: Sequence[Key], values: Sequence[object], *, row_values: bool) ->
         if row_values and number > 0 and _is_one_row(keys, values, number):
             continue
         key, value = keys[number], values[number]
+        has_row = inclusive and end == len(keys)
         if value is not None:
-            ranges.append(Range(number, end, "lt" if key.descending else "gt"))
+            ranges.append(Range(number, end, _beyond(key, has_row)))
             if key.nullable and not key.nulls_first:
                 ranges.append(Range(number, number + 1, "is_null"))
-        elif key.nulls_first:
-            ranges.append(Range(number, number + 1, "is_not_null"))
+        else:
+            if has_row:
+                ranges.append(Range(number, end, "is_null"))
+            if key.nulls_first:
+                ranges.append(Range(number, number + 1, "is_not_null"))
         end = number
     return ranges
+
+
+def _beyond(key: Key, or_at: bool) -> Operator:
+    if key.descending:
+        return "le" if or_at else "lt"
+    return "ge" if or_at else "gt"
 
 
 def _is_one_row(keys: Sequence[Key], values: Sequence[object], number: int) -> bool:

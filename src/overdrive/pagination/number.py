@@ -27,6 +27,8 @@ from sqlalchemy.sql.elements import ColumnClause, ColumnElement
 
 from overdrive.errors import PageError
 
+from .jump import jump
+from .keeper import Keeper
 from .order import flat, identity_of
 from .page import Found, LimitOffsetParams, PageParams, Total
 from .projection import Projection, never, projected, row_maker
@@ -35,6 +37,7 @@ from .select import (
     Statement,
     Steps,
     among,
+    bare,
     entity_of,
     is_alone,
     items_of,
@@ -68,6 +71,7 @@ def page(
     dialect_name: str = "",
     model: type[BaseModel] | None = None,
     adds_nothing: Callable[[type], bool] = never,
+    keeper: Keeper | None = None,
 ) -> Steps[Found]:
     """Make one page by its number: its rows, then, where they do not tell it, the total.
 
@@ -80,11 +84,12 @@ def page(
     model: what nothing but reads the items, if it is known: where it needs but columns of an entity, the items may be
         rows of these columns.
     adds_nothing: says whether reading rows of a class through the session is no more than sending the statement.
+    keeper: keeps totals, and where in the list which row is, if anything does.
 
     Raises `PageError` where the statement cannot be paginated.
     """
     plan, given = recipes.made(stmt, ("page", model), partial(Plan.of, model=model))
-    count = partial(plan.total, given=given, count_query=count_query, dialect_name=dialect_name)
+    count = partial(total_of, stmt, recipes=recipes, count_query=count_query, dialect_name=dialect_name, keeper=keeper)
     number: int | None = None
     kind = total
     counted = total == "exact" and params.offset > DEEP
@@ -97,12 +102,27 @@ def page(
     items: list[Any] = []
     columns: tuple[str, ...] = ()
     if number is None or params.offset < number:
-        is_projected = plan.projection is not None and adds_nothing(plan.projection.class_)
-        template = plan.rows(params.offset > DEEP, is_projected)
-        result = yield Query(template, given | {_LIMIT: limit, _OFFSET: params.offset}, is_projected)
-        items = plan.items(result, is_projected)
-        if is_projected and plan.projection is not None:
-            columns = plan.projection.names
+        jumped = None
+        if keeper is not None and params.offset > DEEP:
+            jumped = yield from jump(
+                stmt,
+                params.offset,
+                limit,
+                recipes=recipes,
+                keeper=keeper,
+                dialect_name=dialect_name,
+                model=model,
+                adds_nothing=adds_nothing,
+            )
+        if jumped is not None:
+            items, columns = jumped
+        else:
+            is_projected = plan.projection is not None and adds_nothing(plan.projection.class_)
+            template = plan.rows(params.offset > DEEP, is_projected)
+            result = yield Query(template, given | {_LIMIT: limit, _OFFSET: params.offset}, is_projected)
+            items = plan.items(result, is_projected)
+            if is_projected and plan.projection is not None:
+                columns = plan.projection.names
     seen = params.offset + len(items)
     if not counted and total != "none":
         if len(items) < limit and (items or not params.offset):
@@ -122,6 +142,7 @@ def total_of(
     recipes: Recipes,
     count_query: Executable | None = None,
     dialect_name: str = "",
+    keeper: Keeper | None = None,
 ) -> Steps[tuple[int | None, Total]]:
     """Find the total of a statement's rows, and say which kind it is; for the parameters see `page`.
 
@@ -130,8 +151,11 @@ def total_of(
 
     Raises `PageError` where `count_query` does not give one integer.
     """
-    plan, given = recipes.made(stmt, ("page", None), partial(Plan.of, model=None))
-    return plan.total(total, given=given, count_query=count_query, dialect_name=dialect_name)
+    plain = bare(stmt) if keeper is not None else None
+    plan, given = recipes.made(plain if plain is not None else stmt, ("page", None), partial(Plan.of, model=None))
+    # What hangs on a statement that nothing can be taken off may be what nobody else's has.
+    own = keeper if plain is not None else None
+    return plan.total(total, given=given, count_query=count_query, dialect_name=dialect_name, keeper=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,21 +199,24 @@ class Plan:
         return items_of(list(rows), self.width)
 
     def total(
-        self, total: Total, *, given: Mapping[str, Any], count_query: Executable | None, dialect_name: str
+        self,
+        total: Total,
+        *,
+        given: Mapping[str, Any],
+        count_query: Executable | None,
+        dialect_name: str,
+        keeper: Keeper | None,
     ) -> Steps[tuple[int | None, Total]]:
         """Find the total; see `total_of`."""
         if total == "none":
             return None, "none"
         if total == "exact":
             query = Query(self._count("exact"), given) if count_query is None else Query(count_query)
-            number = (yield query).scalar_one_or_none()
-            if not isinstance(number, int):
-                raise PageError(f"count_query gives {number!r}: select one integer, as in select(func.count(User.id)).")
-            return number, "exact"
+            return (yield from _number(query, keeper)), "exact"
         if total == "estimated" and dialect_name == "postgresql":
             plan = (yield Query(self._count("estimated"), given)).scalar_one()
             return int((json.loads(plan) if isinstance(plan, str) else plan)[0]["Plan"]["Plan Rows"]), "estimated"
-        number = (yield Query(self._count("capped"), given)).scalar_one()
+        number = yield from _number(Query(self._count("capped"), given), keeper)
         return (CAP, "capped") if number > CAP else (number, "exact")
 
     def _count(self, kind: Total) -> Statement:
@@ -257,6 +284,21 @@ def _identity(stmt: Select[Any]) -> list[ColumnElement[Any]]:
 
 
 # Counting
+
+
+def _number(query: Query, keeper: Keeper | None) -> Steps[int]:
+    name = keeper.name_of(query) if keeper is not None else None
+    if keeper is None or name is None:
+        return (yield from _counted(query))
+    number: int = yield partial(keeper.number, name, _counted(query))
+    return number
+
+
+def _counted(query: Query) -> Steps[int]:
+    number = (yield query).scalar_one_or_none()
+    if not isinstance(number, int):
+        raise PageError(f"count_query gives {number!r}: select one integer, as in select(func.count(User.id)).")
+    return number
 
 
 def _count(stmt: Statement) -> Select[Any]:

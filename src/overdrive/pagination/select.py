@@ -22,6 +22,7 @@ from sqlalchemy import (
     select,
     tuple_,
 )
+from sqlalchemy.orm.strategy_options import _AbstractLoad
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import (
     ColumnClause,
@@ -37,7 +38,8 @@ from .recipe import Query
 
 P = TypeVar("P")
 
-Steps = Generator[Query, Any, P]
+#: Yields statements, and what else is to be awaited between them, and is sent what they come to.
+Steps = Generator[Query | Callable[[], Awaitable[Any]], Any, P]
 Statement = Select[Any] | CompoundSelect[Any]
 
 #: Rows beyond which the keys of a page are found first, and the rest of its rows after.
@@ -47,12 +49,23 @@ DEEP = 1_000
 CAP = 10_000
 
 
-def run(steps: Steps[P], send: Callable[..., Any]) -> P:
-    """Make the page, with `send(*query)` sending each of its statements."""
+def run(
+    steps: Steps[P],
+    send: Callable[..., Any],
+    wait: Callable[[Callable[[], Awaitable[Any]]], Any] | None = None,
+) -> P:
+    """Make the page, with `send(*query)` sending each of its statements.
+
+    wait: has what else is to be awaited awaited elsewhere; None where there is nothing.
+    """
     try:
-        query = next(steps)
+        step = next(steps)
         while True:
-            query = steps.send(send(*query))
+            if isinstance(step, Query):
+                step = steps.send(send(*step))
+            else:
+                assert wait is not None
+                step = steps.send(wait(step))
     except StopIteration as stop:
         made: P = stop.value
         return made
@@ -61,9 +74,9 @@ def run(steps: Steps[P], send: Callable[..., Any]) -> P:
 async def run_async(steps: Steps[P], send: Callable[..., Awaitable[Any]]) -> P:
     """Make the page, with `send(*query)` sending each of its statements."""
     try:
-        query = next(steps)
+        step = next(steps)
         while True:
-            query = steps.send(await send(*query))
+            step = steps.send(await (send(*step) if isinstance(step, Query) else step()))
     except StopIteration as stop:
         made: P = stop.value
         return made
@@ -102,6 +115,22 @@ def joined_loads(stmt: Statement) -> Iterator[Any]:
     """Yield what `contains_eager()` fills from joined rows, which LIMIT would count."""
     for option in stmt._with_options:
         yield from (load for load in getattr(option, "context", ()) if "eager_from_alias" in load.local_opts)
+
+
+def bare(stmt: Executable) -> Statement | None:
+    """Return the statement without what says how its rows are loaded; None where more hangs on it than that."""
+    if not isinstance(stmt, Select | CompoundSelect) or stmt._for_update_arg is not None:
+        return None
+    loads = stmt._with_options
+    if stmt.get_execution_options() or not all(isinstance(load, _AbstractLoad) for load in loads):
+        return None
+    if not loads:
+        return stmt
+    if any(joined_loads(stmt)):
+        return None
+    plain = stmt._generate()
+    plain._with_options = ()
+    return plain
 
 
 # Each entity once

@@ -75,22 +75,7 @@ def cursor_page(
             position = decode(cursor, types, binding=binding, keys=keys)
 
     is_projected = walk.projection is not None and adds_nothing(walk.projection.class_)
-    places = walk.places if is_projected else range(-len(types), 0)
-    given |= {f"{_AT}{number}": value for number, value in enumerate(position.values)}
-    items: list[Any] = []
-    values: list[tuple[Any, ...]] = []
-    for template in walk.templates(position, is_projected):
-        result = yield Query(template, given | {_LIMIT: params.size + 1 - len(items)}, is_projected)
-        if is_projected:
-            rows = list(map(walk.row, result))
-            values += rows
-            items += rows
-        else:
-            frozen = unique(result).freeze()
-            values += frozen()
-            items += items_of(list(frozen().columns(*range(walk.width))), walk.width)
-        if len(items) > params.size:
-            break
+    items, values = yield from walk.read(position, given, params.size + 1, is_projected)
 
     # One more row than asked for says that there is something beyond.
     beyond = len(items) > params.size
@@ -102,8 +87,7 @@ def cursor_page(
     def towards(backward: bool) -> str | None:
         if not (beyond if backward == position.backward else position.values):
             return None
-        row = values[0 if backward else -1] if values else None
-        edge = tuple(row[place] for place in places) if row is not None else ()
+        edge = walk.keys_in(values[0 if backward else -1], is_projected) if values else ()
         return encode(edge, types if edge else (), backward=backward, binding=binding, key=keys[0])
 
     following = towards(False)
@@ -154,9 +138,37 @@ class Walk:
         """Return what binds a cursor to this order, where its parameters have the given values."""
         return self.order + repr([given.get(name) for name in self.order_names]).encode()
 
-    def templates(self, position: Position, is_projected: bool) -> list[Select[Any]]:
+    def read(
+        self, position: Position, given: Mapping[str, Any], limit: int, is_projected: bool, *, inclusive: bool = False
+    ) -> Steps[tuple[list[Any], list[tuple[Any, ...]]]]:
+        """Read so many rows from a position: what a page holds of them, and the rows with their keys.
+
+        inclusive: whether the row at the position is the first of them.
+        """
+        given = {**given, **named(position)}
+        items: list[Any] = []
+        values: list[tuple[Any, ...]] = []
+        for template in self.templates(position, is_projected, inclusive):
+            result = yield Query(template, given | {_LIMIT: limit - len(items)}, is_projected)
+            if is_projected:
+                rows = list(map(self.row, result))
+                values += rows
+                items += rows
+            else:
+                frozen = unique(result).freeze()
+                values += frozen()
+                items += items_of(list(frozen().columns(*range(self.width))), self.width)
+            if len(items) >= limit:
+                break
+        return items, values
+
+    def keys_in(self, row: Sequence[Any], is_projected: bool) -> tuple[Any, ...]:
+        """Return the order keys of a row that `read` gave."""
+        return tuple(row[place] for place in (self.places if is_projected else range(-len(self.types), 0)))
+
+    def templates(self, position: Position, is_projected: bool, inclusive: bool) -> list[Select[Any]]:
         """Return the statements of the walk from a position, with names where its values and the limit go."""
-        shape = (is_projected, position.backward, *(value is None for value in position.values))
+        shape = (is_projected, inclusive, position.backward, *(value is None for value in position.values))
         templates = self._templates.get(shape)
         if templates is None:
             stmt, held = self.stmt, list[int]()
@@ -165,9 +177,14 @@ class Walk:
                 stmt = stmt.with_only_columns(*columns)
                 held = [number for number, place in enumerate(self.places) if place < len(columns)]
             limit = bindparam(_LIMIT, type_=Integer())
-            each = statements(stmt, self.sorts, position, self.dialect_name, held)
+            each = statements(stmt, self.sorts, position, self.dialect_name, held, inclusive=inclusive)
             templates = self._templates[shape] = [statement.limit(limit) for statement in each]
         return templates
+
+
+def named(position: Position) -> dict[str, Any]:
+    """Return a position's values by the names they have in the statements of a walk."""
+    return {f"{_AT}{number}": value for number, value in enumerate(position.values)}
 
 
 def walkable(stmt: Executable) -> Select[Any]:
@@ -213,7 +230,13 @@ def _row_of(projection: Projection, sorts: list[Sort]) -> tuple[list[str], list[
 
 
 def statements(
-    stmt: Select[Any], sorts: list[Sort], position: Position, dialect_name: str, held: Sequence[int] = ()
+    stmt: Select[Any],
+    sorts: list[Sort],
+    position: Position,
+    dialect_name: str,
+    held: Sequence[int] = (),
+    *,
+    inclusive: bool = False,
 ) -> Iterator[Select[Any]]:
     """Yield the statements whose rows, one statement after the other, are those of the walk from `position` on.
 
@@ -239,7 +262,8 @@ def statements(
         return
     expressions = [sort.expression for sort in sorts]
     # SQLite leaves a rowid, which most primary keys are, out of the range: it would read all ties before it.
-    for range_ in keyset.after(keys, position.values, row_values=dialect_name != "sqlite"):
+    row_values = dialect_name != "sqlite"
+    for range_ in keyset.after(keys, position.values, row_values=row_values, inclusive=inclusive):
         criteria = _within(range_, expressions, position.values)
         # Groups are compared once they are made: an order by an aggregate, too.
         yield walked.having(*criteria) if stmt._group_by_clauses else walked.where(*criteria)
@@ -251,6 +275,9 @@ def _directed(column: ColumnElement[Any], key: keyset.Key, dialect_name: str) ->
     if key.nulls_first == default_nulls_first(key.descending, dialect_name):
         return directed
     return directed.nulls_first() if key.nulls_first else directed.nulls_last()
+
+
+_COMPARISONS = {"lt": operators.lt, "le": operators.le, "gt": operators.gt, "ge": operators.ge}
 
 
 def _within(
@@ -272,7 +299,7 @@ def _within(
         case "is_not_null":
             return [*equal, beyond[0].is_not(None)]
         case operator:
-            compare = operators.lt if operator == "lt" else operators.gt
+            compare = _COMPARISONS[operator]
             if len(beyond) == 1:
                 return [*equal, compare(beyond[0], bound[range_.start])]
             return [*equal, compare(tuple_(*beyond), tuple_(*bound[range_.start : range_.end]))]

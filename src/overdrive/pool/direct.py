@@ -16,6 +16,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 from sqlalchemy.util import greenlet_spawn
 
+from .engine import begins_with_writes
 from .observe import Observation, observation_of, returns_without_waiting
 from .pool import FairPool
 from .statement import Facts, facts_of
@@ -45,7 +46,7 @@ _made: WeakKeyDictionary[Engine, WeakKeyDictionary[Select[Any], Direct | None]] 
 
 def of(engine: Engine, stmt: Select[Any]) -> Direct | None:
     """Return the statement as `send` takes it; None where SQLAlchemy has a part in sending it."""
-    if not _is_ours_alone(engine):
+    if engine.dialect.driver != "asyncpg" or not is_ours_alone(engine) or engine._should_log_info():
         return None
     made = _made.setdefault(engine, WeakKeyDictionary())
     if stmt not in made:
@@ -53,25 +54,23 @@ def of(engine: Engine, stmt: Select[Any]) -> Direct | None:
     return made[stmt]
 
 
-def _is_ours_alone(engine: Engine) -> bool:
+def is_ours_alone(engine: Engine) -> bool:
     """Say whether nobody but its observation takes part in what the engine sends, and reads need no transaction."""
     observation = observation_of(engine)
     dispatch = engine.dispatch
     return (
-        engine.dialect.driver == "asyncpg"
-        and observation is not None
-        and observation.reads_need_no_transaction(engine.get_execution_options())
+        observation is not None
+        and (engine.dialect.name == "sqlite" or observation.reads_need_no_transaction(engine.get_execution_options()))
         and not dispatch.engine_connect
         and not dispatch.begin
         and not dispatch.rollback
         and not dispatch.before_execute
         and not dispatch.after_execute
         # Ours.
-        and len(dispatch.before_cursor_execute) == 1
+        and len(dispatch.before_cursor_execute) == 1 + begins_with_writes(engine)
         and len(dispatch.after_cursor_execute) == 1
         and not engine.dialect.dispatch.do_execute
         and not engine.get_execution_options()
-        and not engine._should_log_info()
     )
 
 

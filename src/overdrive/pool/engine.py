@@ -156,6 +156,11 @@ def _prepare_our_own(engine: Engine) -> None:
         event.listen(engine, "before_cursor_execute", _begin_with_the_first_write)
 
 
+def begins_with_writes(engine: Engine) -> bool:
+    """Say whether this is one of ours on SQLite, whose transactions begin with their first write."""
+    return event.contains(engine, "before_cursor_execute", _begin_with_the_first_write)
+
+
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
     """Have the server notice within 100 ms that a client went away in the middle of a query.
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
@@ -218,6 +219,10 @@ class Observation:
             tags = tags[0], tags[1] | self._named(rows.tags(parameters) or (rows.table + OF_ROWS,))
         return tags
 
+    def reads_of(self, facts: Facts) -> frozenset[str]:
+        """Return the tags of what a statement reads, but for the rows it reads by their keys."""
+        return self._tags_of(replace(facts, rows_read=()), ())[0]
+
     def _of_read(self, rows: Rows, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         own = rows.tags(parameters)
         return self._named((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
@@ -384,6 +389,13 @@ async def _tell(announced: Announced, outcome: Outcome) -> None:
     for result in await asyncio.gather(*told, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
+
+
+def has_begun(connection: Connection) -> bool:
+    """Say whether the database was asked for anything but plain reads since the last end of a transaction."""
+    # A driver told so (PEP 249's way) opens one on SQLite for reads as well.
+    is_open = getattr(connection.connection.driver_connection, "in_transaction", False)
+    return is_open or _transaction_of(connection.info).began
 
 
 #: Whether a driver's connection has no transaction open; none of them asks the database.

@@ -19,7 +19,7 @@ from overdrive.errors import SessionEndedError
 
 from . import direct
 from .engine import capacity_of
-from .observe import returns_without_waiting
+from .observe import has_begun, returns_without_waiting
 from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
 
@@ -91,6 +91,7 @@ class SyncSessions:
         # A semaphore belongs to one event loop.
         self._places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         event.listen(maker.class_, "after_transaction_create", _refuse_after_end)
+        event.listen(maker.class_, "after_begin", _note_connection)
 
     @property
     def engine(self) -> Engine:
@@ -355,6 +356,15 @@ def adds_nothing(session: Session, class_: type) -> bool:
     It is more where the session's class or its listeners take part, where it has options, where changes wait to be
     flushed, and where it holds instances of the class, whose attributes it would not read again.
     """
+    return (
+        _is_plain(session)
+        # What is dirty is held.
+        and (not (held := session.identity_map.keys()) or _holds_nothing_of(session, held, class_))
+    )
+
+
+def _is_plain(session: Session) -> bool:
+    """Say whether the session leaves statements as they are, and has nothing but changes to flush before them."""
     kind = type(session)
     return (
         kind.get_bind is Session.get_bind
@@ -363,8 +373,30 @@ def adds_nothing(session: Session, class_: type) -> bool:
         and not getattr(session, "execution_options", None)
         and not session.new
         and not session.deleted
-        # What is dirty is held.
-        and (not (held := session.identity_map.keys()) or _holds_nothing_of(session, held, class_))
+    )
+
+
+def sees_what_all_see(session: Session, engine: Engine) -> bool:
+    """Say whether a plain SELECT through the session gives what it would give through any other of this engine.
+
+    It may give something else where somebody has a say in what is sent, and once a transaction has begun: that may have
+    written, may be above READ COMMITTED, or may have set what row-level security goes by.
+    """
+    heard = session.dispatch
+    return (
+        direct.is_ours_alone(engine)
+        and _is_plain(session)
+        and not session.dirty
+        and _are_ours(heard.after_begin, _note_connection)
+        and _are_ours(heard.after_transaction_create, _refuse_after_end)
+        and (not session.in_transaction() or (bool(heard.after_begin) and _has_only_read(session)))
+    )
+
+
+def _has_only_read(session: Session) -> bool:
+    return not any(
+        not connection.closed and (has_begun(connection) or connection.get_execution_options())
+        for connection in session.info.get(_CONNECTIONS, ())
     )
 
 
