@@ -144,17 +144,13 @@ class LogHandler(logging.Handler):
 
         For loggers that would make the record for this handler alone.
         """
-        if not self._is_prepared() or self.filters or self._writer.is_writing:
+        if self.filters or not self._is_prepared():
             return False
-        context = current()
-        if self._tail and context is not None and self._hold_plain(context, None, name, level, message, args):
-            return True
-        now = time.time_ns() // 1000
-        return self._put_plain(context, now, name, level, logging.getLevelName(level), message, args)
+        return self._put_plain(time.time_ns() // 1000, name, level, message, args)
 
     def put_event(self, name: str, context: RequestContext) -> bool:
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
-        if not self._is_prepared() or self.filters or self._writer.is_writing:
+        if self.filters or not self._is_prepared():
             return False
         line = encode_event(time.time_ns() // 1000, name, context)
         if line is None:
@@ -188,41 +184,27 @@ class LogHandler(logging.Handler):
         try:
             if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
                 return False
+            if record.levelname != logging.getLevelName(record.levelno):
+                return False
             created = round(record.created * 1_000_000)
-            name, level, message, args = record.name, record.levelno, record.msg, record.args
-            context = current()
-            if self._tail and context is not None and self._hold_plain(context, created, name, level, message, args):
-                return True
-            return self._put_plain(context, created, name, level, record.levelname, message, args)
+            return self._put_plain(created, record.name, record.levelno, record.msg, record.args)
         except Exception:  # it is not what it should be
             return False
 
-    def _hold_plain(
-        self, context: RequestContext, created: int | None, name: str, level: int, message: Any, args: Any
-    ) -> bool:
-        tails = context.tails
-        if level >= logging.WARNING or tails is None or (size := plain_size(message, args)) is None:
-            return False
-        if (end := context.log_end or line_end(context)) is None:
-            return False
-        tail = tails.get(self) or self._tail_of(context)
-        tail.hold(level, (created or time.time_ns() // 1000, name, message, args, end), size)
-        return True
-
-    def _put_plain(
-        self,
-        context: RequestContext | None,
-        created: int,
-        name: str,
-        level: int,
-        level_name: str,
-        message: object,
-        args: object,
-    ) -> bool:
-        if self._tail and context is not None and self._holds(level, context):
-            return False  # it is not plain
+    def _put_plain(self, created: int, name: str, level: int, message: Any, args: Any) -> bool:
+        context = current()
         end = (None if bound() else END) if context is None else context.log_end or line_end(context)
-        if end is None or (line := encode_plain(created, name, level_name, message, args, end)) is None:
+        if end is None:
+            return False
+        if self._tail and level < logging.WARNING and context is not None and (tails := context.tails) is not None:
+            size = plain_size(message, args)
+            if size is None:
+                return False
+            tail = tails.get(self) or self._tail_of(context)
+            tail.hold(level, (created, name, message, args, end), size)
+            return True
+        line = encode_plain(created, name, level, message, args, end)
+        if line is None:
             return False
         self._writer.put(level, line)
         return True
@@ -246,7 +228,12 @@ class LogHandler(logging.Handler):
 
     def _is_prepared(self) -> bool:
         """Say whether lines may be joined from prepared parts: JSON as it is here, and no span to look up."""
-        return self.formatter is _JSON_LINES and self._shape is None and _span() is None
+        return (
+            self.formatter is _JSON_LINES
+            and self._shape is None
+            and not ((writer := self._writer).writing is not None and writer.is_writing)
+            and ("opentelemetry.sdk.trace" not in sys.modules or _span() is None)
+        )
 
     def _line(self, record: logging.LogRecord) -> bytes:
         fields = bound()

@@ -70,7 +70,7 @@ class Writer:
         self._draining = threading.Lock()
         self._progress = threading.Condition()
         #: The thread that is writing: mostly the one above, after `close` anyone's.
-        self._writing: int | None = None
+        self.writing: int | None = None
         self._announced: Dropped = Counter()
 
     def after_fork(self) -> None:
@@ -86,7 +86,7 @@ class Writer:
     @property
     def is_writing(self) -> bool:
         """Whether this thread is in the middle of writing, so that what it logs would never end."""
-        return self._writing is not None and self._writing == threading.get_ident()
+        return self.writing is not None and self.writing == threading.get_ident()
 
     def put(self, level: int, line: bytes) -> None:
         """Have `line` written soon; once closed, write it before returning, if the sink takes it in time."""
@@ -187,7 +187,7 @@ class Writer:
         while True:
             if not self._draining.acquire(timeout=_lock_timeout(deadline)):
                 return
-            self._writing = threading.get_ident()
+            self.writing = threading.get_ident()
             try:
                 healthy = True
                 while batch := self._buffer.take(_BATCH):
@@ -195,7 +195,7 @@ class Writer:
                 if healthy and self._unannounced():
                     self._write([], deadline)
             finally:
-                self._writing = None
+                self.writing = None
                 self._draining.release()
             # Whoever gave up waiting for the lock relies on its holder to look once more.
             if self._buffer.settled >= self._buffer.accepted:
