@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
+from .instrumentation.repeats import Repeats, Repetition
 from .log.logger import bind_event, let_event_go, log_event
 from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .caching import Known
     from .installer import Installation
 
+logger = logging.getLogger("overdrive")
 request_log = logging.getLogger("overdrive.request")
 
 #: https://www.w3.org/TR/trace-context/#traceparent-header: there is no version ff, and 00 has nothing after its flags.
@@ -114,6 +116,9 @@ class Observer:
         context = _context_of(scope, installation)
         id_header = installation.request_id_header, context.request_id.encode()
         installation.begin(context)
+        # What lives long repeats itself.
+        if (limit := installation.log.repeated_statements) is not None and scope["type"] == "http":
+            context.repeats = Repeats(limit)
         complete = gone = False
 
         async def observed(message: Message) -> None:
@@ -145,7 +150,7 @@ class Observer:
                 await app(scope, receive, observed)
                 if context.status is not None and context.status >= 500:
                     context.outcome = "error"
-                elif not complete and scope["type"] == "http":
+                elif not complete:
                     context.outcome = "disconnected"
             except asyncio.CancelledError:
                 context.outcome = "cancelled"
@@ -155,6 +160,8 @@ class Observer:
                 raise
             finally:
                 context.duration = time.perf_counter() - started
+                if context.repeats is not None and (worst := context.repeats.worst()) is not None:
+                    _warn(context, worst)
                 if context.tails is not None:
                     end_tails(context)
                 self._tell(context)
@@ -187,6 +194,22 @@ def _is_kept(context: RequestContext, share: float) -> bool:
     if share == 1 or context.outcome != "ok":
         return True
     return crc32((context.trace_id or context.request_id).encode()) < share * 2**32
+
+
+def _warn(context: RequestContext, worst: Repetition) -> None:
+    file, line, function = worst.place
+    logger.warning(
+        "%s %s executed one statement %d times, at %s:%d in %s%s: load what it asks for at once, by a join, "
+        "selectinload() or IN. %s",
+        context.method,
+        context.route or context.path,
+        worst.count,
+        file,
+        line,
+        function,
+        f", and {worst.others} others too often" if worst.others else "",
+        worst.sql,
+    )
 
 
 def _server_timing(context: RequestContext, elapsed: float) -> bytes:
