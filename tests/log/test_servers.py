@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-APP = '''
+APP = """
 import json, logging, os, time
 from fastapi import FastAPI
 from overdrive import LogHandler, Overdrive, Settings
@@ -63,7 +63,7 @@ async def aclose() -> None:
 
 
 overdrive.aclose = aclose
-'''
+"""
 UVICORN = ("uvicorn", "served:app", "--uds", "socket", "--no-access-log")
 GUNICORN = ("gunicorn", "served:app", "--bind", "unix:socket", "--worker-class", "uvicorn_worker.UvicornWorker")
 

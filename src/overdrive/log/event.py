@@ -194,7 +194,7 @@ def summary(event: RequestContext | RequestEvent) -> str:
 
 def encode_text(text: str) -> bytes:
     """Return `text` as one line, its control characters and line breaks escaped, ended by a line feed."""
-    return _utf8(_escaped(text)).encode() + b"\n"
+    return _utf8(escaped(text)).encode() + b"\n"
 
 
 def encode_notice(created: float, levels: Mapping[str, int], reasons: Mapping[str, int]) -> bytes:
@@ -308,7 +308,7 @@ def json_line(line: dict[str, Any]) -> bytes:
         encoded = msgspec.json.encode({_name(key): _encodable(value) for key, value in line.items()})
     if encoded.isascii() and _DELETE not in encoded:
         return encoded + b"\n"
-    return _escaped(encoded.decode()).encode() + b"\n"
+    return escaped(encoded.decode()).encode() + b"\n"
 
 
 def _substitute(value: object) -> str:
@@ -355,5 +355,6 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return `text` without a character that a terminal would obey."""
     return text if text.isprintable() else text.translate(_ESCAPES)

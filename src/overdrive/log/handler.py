@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
 
+from .console import Console
 from .event import (
     END,
     encode,
@@ -29,7 +30,7 @@ from .event import (
 from .queue import Stats, by_level, by_reason
 from .shape import Shape
 from .tail import Plain, Tail
-from .writer import Dropped, FileSink, StreamSink, Writer
+from .writer import Dropped, FileSink, PrettySink, Sink, StreamSink, Writer
 
 #: Seconds `flush` and `close` wait for a stalled sink.
 _TIMEOUT = 2.0
@@ -57,6 +58,8 @@ class LogHandler(logging.Handler):
     level: the lowest level it takes.
     max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
         the stream. An eighth of it is kept for ERROR and above.
+    block: seconds that a caller waits for room before its line is dropped, an event loop with all it serves too: so
+        long at most for each time the sink has stalled, as the next line waits only once it has taken some again.
     tail: with `"errors"`, what a request logs below WARNING is held, in at most 64 KiB of its newest lines, and
         written only if the request raised, was cancelled, was answered with a status of 500 or above, or was slow.
         It takes the context that `Overdrive` gives each request; elsewhere lines are written at once.
@@ -64,6 +67,8 @@ class LogHandler(logging.Handler):
     names: what fields are called instead, by their name here: `{"severity": "level", "trace_id": "trace.id"}`.
     redact: names of fields whose value is not shown: of `extra`, of `bind`, and of dictionaries in these.
     redact_patterns: regular expressions; what they match in any text of a line is not shown.
+    pretty: whether a stream gets lines for people instead of JSON, with tracebacks below; left out, if it is a
+        terminal. Those have colours, but for `NO_COLOR` (https://no-color.org).
 
     Raises `ConfigurationError` where both `path` and `stream` are given, and for options that say nothing.
 
@@ -80,22 +85,28 @@ class LogHandler(logging.Handler):
         stream: TextIO | None = None,
         level: int | str = logging.NOTSET,
         max_bytes: int = 8 * 1024 * 1024,
+        block: float = 0,
         tail: Literal["errors"] | None = None,
         slow: float | None = None,
         names: Mapping[str, str] | None = None,
         redact: Collection[str] = (),
         redact_patterns: Collection[str] = (),
+        pretty: bool | None = None,
     ) -> None:
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        if pretty and path is not None:
+            raise ConfigurationError("LogHandler(pretty=True) is for a stream: a file gets JSON")
         if tail not in (None, "errors"):
             raise ConfigurationError(f'LogHandler(tail={tail!r}): there is tail="errors", or none')
+        if not 0 <= block < float("inf"):
+            raise ConfigurationError(f"LogHandler(block={block!r}): it takes seconds, from 0")
         if slow is not None and tail is None:
             raise ConfigurationError('LogHandler(slow=...) says which requests are kept: it goes with tail="errors"')
         super().__init__(level)
         self.formatter = _JSON_LINES
-        sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
-        self._writer = Writer(sink, max_bytes, self._notice)
+        sink = FileSink(path) if path is not None else _stream_sink(stream, pretty, names or {})
+        self._writer = Writer(sink, max_bytes, self._notice, block)
         self._encoding = _Encoding()
         self._tail = tail is not None
         self._slow = slow
@@ -253,6 +264,14 @@ class LogHandler(logging.Handler):
             return self._shape.line(line) if self._shape else line
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
+
+
+def _stream_sink(given: TextIO | None, pretty: bool | None, names: Mapping[str, str]) -> Sink:
+    stream = sys.stderr if given is None else given
+    is_terminal = hasattr(stream, "isatty") and stream.isatty()
+    if not (is_terminal if pretty is None else pretty):
+        return StreamSink(stream)
+    return PrettySink(stream, Console(names, colours=is_terminal and not os.environ.get("NO_COLOR")))
 
 
 def _span() -> dict[str, str] | None:

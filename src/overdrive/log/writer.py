@@ -1,4 +1,4 @@
-"""The background thread that writes lines, and the two kinds of places it writes them to.
+"""The background thread that writes lines, and the kinds of places it writes them to.
 
 The thread never logs and takes no lock but the ones of this package, so that whoever waits for it, as
 `dictConfig` does holding logging's module lock, waits for the sink alone.
@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from typing import Protocol, TextIO
 
+from .console import Console
 from .queue import Buffer, Line, Reason, Stats
 
 #: Seconds in which lines gather for one write.
@@ -53,11 +54,13 @@ class Writer:
     sink: where lines go; only ever used by one thread at a time.
     max_bytes: memory the lines may take. Beyond it they are dropped.
     notice: makes the line that is written where lines were dropped.
+    block: seconds to wait for room before that, once for each time the sink has stalled.
     """
 
-    def __init__(self, sink: Sink, max_bytes: int, notice: Callable[[Dropped], bytes]) -> None:
+    def __init__(self, sink: Sink, max_bytes: int, notice: Callable[[Dropped], bytes], block: float = 0) -> None:
         self._sink = sink
         self._buffer = Buffer(max_bytes)
+        self._block = block
         self._notice = notice
         self._closed = False
         self._reset()
@@ -72,6 +75,8 @@ class Writer:
         #: The thread that is writing: mostly the one above, after `close` anyone's.
         self.writing: int | None = None
         self._announced: Dropped = Counter()
+        #: How many lines were settled when somebody last waited for room in vain.
+        self._stalled_at = -1
 
     def after_fork(self) -> None:
         """Begin anew in a child: without the parent's thread, its lines, and the locks it may have held."""
@@ -90,6 +95,8 @@ class Writer:
 
     def put(self, level: int, line: bytes) -> None:
         """Have `line` written soon; once closed, write it before returning, if the sink takes it in time."""
+        if self._block and not self._closed and not self._buffer.has_room(level, line):
+            self._wait_for_room(level, line)
         wake = self._buffer.put(level, line)
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
@@ -155,6 +162,14 @@ class Writer:
             if not self._buffer.rest():
                 self._bell.ring()
             self._closed = False
+
+    def _wait_for_room(self, level: int, line: bytes) -> None:
+        if self._buffer.settled == self._stalled_at:
+            return
+        self._hurry()
+        with self._progress:
+            if not self._progress.wait_for(lambda: self._buffer.has_room(level, line), self._block):
+                self._stalled_at = self._buffer.settled
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="overdrive-log", daemon=True)
@@ -280,6 +295,34 @@ class StreamSink:
             self._stream.flush()
             return len(lines)
         return self._lines.write(fd, lines, deadline)
+
+    def close(self) -> None:
+        """Do nothing: the stream is its owner's to close."""
+
+
+class PrettySink:
+    """An open text stream on which each line is shown as people read it.
+
+    stream: stays open, whatever happens to the sink.
+    """
+
+    def __init__(self, stream: TextIO, console: Console) -> None:
+        self._stream = stream
+        self._console = console
+
+    def write(self, lines: Sequence[bytes], deadline: float) -> int:
+        """Show `lines`; whatever the stream raises."""
+        try:
+            fd = self._stream.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            self._stream.write(b"".join(map(self._console.show, lines)).decode())
+            self._stream.flush()
+            return len(lines)
+        for number, line in enumerate(lines):
+            shown = self._console.show(line)
+            if _send(fd, shown, len(shown), deadline) < len(shown):
+                return number
+        return len(lines)
 
     def close(self) -> None:
         """Do nothing: the stream is its owner's to close."""
