@@ -150,7 +150,7 @@ class Observer:
                 await app(scope, receive, observed)
                 if context.status is not None and context.status >= 500:
                     context.outcome = "error"
-                elif not complete:
+                elif not complete and scope["type"] == "http":
                     context.outcome = "disconnected"
             except asyncio.CancelledError:
                 context.outcome = "cancelled"
