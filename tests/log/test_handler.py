@@ -543,3 +543,16 @@ def test_a_stalled_sink_is_waited_for_once() -> None:
 def test_to_wait_for_ever_is_refused(block: float) -> None:
     with pytest.raises(ConfigurationError, match="block="):
         LogHandler(block=block)
+
+
+@pytest.mark.usefixtures("configured")
+def test_several_sinks_have_their_own_levels(tmp_path: Path) -> None:
+    config = dict_config(path=str(tmp_path / "all"))
+    config["handlers"]["errors"] = {"class": CLASS, "path": str(tmp_path / "errors"), "level": "ERROR"}
+    config["root"]["handlers"].append("errors")
+    logging.config.dictConfig(config)
+    logging.getLogger("app").info("hello")
+    logging.getLogger("app").error("no")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    assert (messages(tmp_path / "all"), messages(tmp_path / "errors")) == (["hello", "no"], ["no"])

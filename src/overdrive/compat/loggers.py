@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NoReturn
 
+from overdrive.log.event import STANDARD
 from overdrive.log.handler import LogHandler
-
-#: What a record has itself, and must not be replaced by a field.
-_TAKEN = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"})
 
 
 def loguru_sink(handler: LogHandler) -> Callable[[Any], None]:
@@ -58,5 +56,5 @@ def structlog_processor(handler: LogHandler) -> Callable[[Any, str, MutableMappi
 
 def _record(name: str, level: int, message: Any, fields: Mapping[str, Any]) -> logging.LogRecord:
     record = logging.LogRecord(name, level, "", 0, message, None, None)
-    vars(record).update({f"{name}_" if name in _TAKEN else name: value for name, value in fields.items()})
+    vars(record).update({f"{name}_" if name in STANDARD else name: value for name, value in fields.items()})
     return record

@@ -36,8 +36,9 @@ _event = attrgetter(*_EVENT)
 #: What an event says of its request, as something that is encoded in one go.
 _Event = msgspec.defstruct("_Event", ["message", *_EVENT])
 
-#: `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its own formatter.
-_STANDARD = frozenset(
+#: What a record has itself. `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its
+#: own formatter.
+STANDARD = frozenset(
     {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"},
 )
 
@@ -76,7 +77,7 @@ def encode(
 
     `extra={"event": RequestEvent(...)}` becomes top-level fields, and the event's ids win over the context's.
     """
-    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    extra = {name: value for name, value in vars(record).items() if name not in STANDARD}
     line = _head(record)
     if isinstance(event := extra.get("event"), RequestEvent):
         del extra["event"]
