@@ -125,6 +125,7 @@ PLANS = [
             Rival("structlog + orjson", "structlog_log:app", "/log"),
             Rival("Overdrive LogHandler", "with_overdrive:log", "/log", ours=True),
             Rival("Overdrive log_directly", "with_overdrive:direct_log", "/log", ours=True),
+            Rival("Overdrive, logging off", "with_overdrive:log_off", "/log", ours=True),
             Rival("Overdrive log_directly + event", "with_overdrive:log_and_event", "/log", ours=True),
         ],
         [],

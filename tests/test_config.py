@@ -60,6 +60,7 @@ def test_defaults() -> None:
             "request_id_header": "x-request-id",
             "trust_request_id": False,
             "sample": {},
+            "repeated_statements": 20,
             "server_timing": False,
         },
         "pagination": {
@@ -100,6 +101,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "LOG__REQUEST_ID_HEADER": "x-id",
         "LOG__TRUST_REQUEST_ID": True,
         "LOG__SAMPLE": {"/health": 0.5},
+        "LOG__REPEATED_STATEMENTS": 7,
         "LOG__SERVER_TIMING": True,
         "PAGINATION__SIZE": 7,
         "PAGINATION__MAX_SIZE": 8,

@@ -96,8 +96,15 @@ def log_and_event() -> FastAPI:
     return _logging(app)
 
 
-def _logging(app: FastAPI) -> FastAPI:
-    logging.basicConfig(handlers=[LogHandler(path="log.txt")], level=logging.INFO)
+def log_off() -> FastAPI:
+    """Return an app with Overdrive that logs nothing."""
+    app = FastAPI()
+    Overdrive(app, settings=Settings(log={"events": False}))
+    return _logging(app, logging.WARNING)
+
+
+def _logging(app: FastAPI, level: int = logging.INFO) -> FastAPI:
+    logging.basicConfig(handlers=[LogHandler(path="log.txt")], level=level)
     logger = logging.getLogger("shop")
 
     @app.get("/log")

@@ -108,6 +108,8 @@ class LogSettings(BaseModel):
     sample: by route (`/items/{id}`), the share of its events that is logged, from 0, none, to 1. What was answered
         with a status of 500 or above, raised, was cancelled or cut off is always logged. Events of one trace are
         kept or let go together.
+    repeated_statements: how often a request may execute one statement; of one that was executed more often, a WARNING
+        at the request's end names the place in the code. None, or `off` in a variable: as often as it likes.
     server_timing: whether responses say in a `Server-Timing` header where their time went (W3C Server Timing), to
         whoever reads them.
     """
@@ -118,7 +120,13 @@ class LogSettings(BaseModel):
     request_id_header: str = Field("x-request-id", pattern=r"^[A-Za-z0-9-]+$")
     trust_request_id: bool = False
     sample: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    repeated_statements: int | None = Field(20, ge=1)
     server_timing: bool = False
+
+    @field_validator("repeated_statements", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value == "off" else value
 
 
 class PaginationSettings(BaseModel):

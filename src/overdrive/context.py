@@ -72,6 +72,7 @@ class RequestContext:
         "query",
         "reads",
         "refreshing",
+        "repeats",
         "request_id",
         "response",
         "route",
@@ -124,6 +125,8 @@ class RequestContext:
         self.exchange: Any = None
         #: Whether this is a request once more, behind an answer that has expired, to make it anew.
         self.refreshing = False
+        #: How often it has executed each statement, where that is counted.
+        self.repeats: Any = None
         #: Tags this request's committed or open transactions have written.
         self.wrote: set[str] = set()
         #: What `bind` added, for every record and the event.

@@ -25,6 +25,7 @@ from .cache.entry import Entry
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import Outcome, RequestContext, current, serving
 from .instrumentation.events import RequestEvent, listening, publish
+from .instrumentation.repeats import Repeats, Repetition
 from .log.logger import bind_event, let_event_go, log_event
 from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .caching import Known
     from .installer import Installation
 
+logger = logging.getLogger("overdrive")
 request_log = logging.getLogger("overdrive.request")
 
 #: https://www.w3.org/TR/trace-context/#traceparent-header: there is no version ff, and 00 has nothing after its flags.
@@ -139,6 +141,9 @@ class Observer:
         installation = self._installation
         context = _context_of(scope, installation)
         installation.begin(context)
+        # What lives long repeats itself.
+        if (limit := installation.log.repeated_statements) is not None and scope["type"] == "http":
+            context.repeats = Repeats(limit)
         complete = gone = False
 
         async def observed(message: Message) -> None:
@@ -175,6 +180,8 @@ class Observer:
                 raise
             finally:
                 context.duration = time.perf_counter() - started
+                if context.repeats is not None and (worst := context.repeats.worst()) is not None:
+                    _warn(context, worst)
                 if context.tails is not None:
                     end_tails(context)
                 self._tell(context)
@@ -219,6 +226,22 @@ def _is_kept(context: RequestContext, share: float) -> bool:
     if share == 1 or context.outcome != "ok":
         return True
     return crc32((context.trace_id or context.request_id).encode()) < share * 2**32
+
+
+def _warn(context: RequestContext, worst: Repetition) -> None:
+    file, line, function = worst.place
+    logger.warning(
+        "%s %s executed one statement %d times, at %s:%d in %s%s: load what it asks for at once, by a join, "
+        "selectinload() or IN. %s",
+        context.method,
+        context.route or context.path,
+        worst.count,
+        file,
+        line,
+        function,
+        f", and {worst.others} others too often" if worst.others else "",
+        worst.sql,
+    )
 
 
 def _server_timing(context: RequestContext, elapsed: float) -> bytes:

@@ -481,3 +481,78 @@ print(stats.pending, stats.emitted - stats.written - sum(stats.dropped.values())
     assert (done.stdout, done.stderr) == ("0 0\n", "")
     assert messages(tmp_path / "log").count("line") == 10_000
     assert "signal" in messages(tmp_path / "log")
+
+
+class Gated(io.StringIO):
+    """A stream that takes nothing before it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def write(self, text: str) -> int:
+        self.gate.wait(30)
+        return super().write(text)
+
+
+def test_who_chooses_so_waits_for_room_and_loses_nothing() -> None:
+    reading, writing = os.pipe()
+    received: list[bytes] = []
+
+    def read() -> None:
+        while data := os.read(reading, 4096):
+            received.append(data)
+            time.sleep(0.0005)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(writing, "w") as stream, logging_to(LogHandler(stream=stream, max_bytes=16 * 1024, block=20)) as logger:
+        for number in range(2000):
+            logger.info("line %d", number)
+        handler = logger.handlers[0]
+        assert isinstance(handler, LogHandler)
+        handler.close()
+    reader.join(20)
+    os.close(reading)
+    assert handler.stats.dropped == {}
+    assert [json.loads(line)["message"] for line in b"".join(received).splitlines()] == [
+        f"line {number}" for number in range(2000)
+    ]
+
+
+def test_a_stalled_sink_is_waited_for_once() -> None:
+    stream = Gated()
+    handler = LogHandler(stream=stream, max_bytes=16 * 1024, block=0.2)
+    with logging_to(handler) as logger:
+        started = time.monotonic()
+        for number in range(1000):
+            logger.info("line %d", number)
+        # Else it would be minutes.
+        assert time.monotonic() - started < 10
+        assert handler.stats.dropped["INFO"] > 500
+        assert balanced(handler)
+        stream.gate.set()
+        eventually(lambda: handler.stats.pending == 0)
+        for number in range(1000):
+            logger.warning("line %d", number)
+    assert "WARNING" not in handler.stats.dropped
+    assert balanced(handler)
+
+
+@pytest.mark.parametrize("block", [-1, float("inf"), float("nan")])
+def test_to_wait_for_ever_is_refused(block: float) -> None:
+    with pytest.raises(ConfigurationError, match="block="):
+        LogHandler(block=block)
+
+
+@pytest.mark.usefixtures("configured")
+def test_several_sinks_have_their_own_levels(tmp_path: Path) -> None:
+    config = dict_config(path=str(tmp_path / "all"))
+    config["handlers"]["errors"] = {"class": CLASS, "path": str(tmp_path / "errors"), "level": "ERROR"}
+    config["root"]["handlers"].append("errors")
+    logging.config.dictConfig(config)
+    logging.getLogger("app").info("hello")
+    logging.getLogger("app").error("no")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    assert (messages(tmp_path / "all"), messages(tmp_path / "errors")) == (["hello", "no"], ["no"])

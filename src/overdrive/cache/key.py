@@ -106,6 +106,8 @@ class Shortcuts(Generic[V]):
 
     def find(self, scope: Mapping[str, Any], tenant: str | None) -> V | None:
         """Return what is known of a request."""
+        if not self._known:
+            return None
         known = self._known.get(_address(scope, tenant))
         if known is None:
             return None

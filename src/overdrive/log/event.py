@@ -31,11 +31,14 @@ _FIXED = frozenset(
     {"timestamp", "severity", "logger", "message", "format_error", "exception", "stack", *_IDS},
 )
 _EVENT = tuple(name for name in RequestEvent.__slots__ if name not in {*_IDS, "fields"})
-_IDS_AND_EVENT = (*_IDS, *_EVENT)
-_ids_and_event = attrgetter(*_IDS_AND_EVENT)
+_EVENT_NAMES = frozenset(_EVENT)
+_event = attrgetter(*_EVENT)
+#: What an event says of its request, as something that is encoded in one go.
+_Event = msgspec.defstruct("_Event", ["message", *_EVENT])
 
-#: `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its own formatter.
-_STANDARD = frozenset(
+#: What a record has itself. `taskName` is newer than Python 3.11; `color_message` is uvicorn's message again, for its
+#: own formatter.
+STANDARD = frozenset(
     {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"},
 )
 
@@ -43,6 +46,7 @@ _STANDARD = frozenset(
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _DIGITS = [b"%03d" % number for number in range(1000)]
 _DELETE = 0x7F
+_MESSAGE = b'"message":'
 #: The end of a line that belongs to no request.
 END = b"}\n"
 
@@ -73,7 +77,7 @@ def encode(
 
     `extra={"event": RequestEvent(...)}` becomes top-level fields, and the event's ids win over the context's.
     """
-    extra = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    extra = {name: value for name, value in vars(record).items() if name not in STANDARD}
     line = _head(record)
     if isinstance(event := extra.get("event"), RequestEvent):
         del extra["event"]
@@ -90,7 +94,7 @@ def encode(
     return json_line(line)
 
 
-def encode_plain(created: int, name: str, level: str, message: object, args: object, end: bytes) -> bytes | None:
+def encode_plain(created: int, name: str, level: int, message: object, args: object, end: bytes) -> bytes | None:
     """Return the line that `encode` returns for a record of these, in a fraction of its time.
 
     created: microseconds since the epoch.
@@ -109,21 +113,24 @@ def encode_plain(created: int, name: str, level: str, message: object, args: obj
                 if type(arg) not in _PLAIN:
                     return None
             message %= args
-        text = _encode(message)
-    except Exception:  # the format does not match, or a surrogate
+    except Exception:  # the format does not match
         return None
-    if not text.isascii() or _DELETE in text:
+    if not message.isascii() or "\x7f" in message:
         return None
     second, micros = divmod(created, 1_000_000)
-    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], _middle(name, level), text, end))
+    middle = _middle(name, logging.getLevelName(level))
+    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], middle, _encode(message), end))
 
 
 def line_end(context: RequestContext) -> bytes | None:
     """Return the end of every plain line of `context`: its ids and what is bound; None where that may change."""
-    if context.log_end is None and all(type(value) in _PLAIN for value in context.fields.values()):
+    if context.log_end is None:
         line: dict[str, Any] = _ids(context)
-        _add(line, context.fields)
-        context.log_end = b"," + json_line(line).removeprefix(b"{") if line else END
+        if context.fields:
+            if any(type(value) not in _PLAIN for value in context.fields.values()):
+                return None
+            _add(line, context.fields)
+        context.log_end = b"," + json_line(line)[1:]
     return context.log_end
 
 
@@ -144,7 +151,7 @@ def plain_size(message: object, args: object) -> int | None:
 def encode_held(level: int, line: Plain) -> bytes:
     """Return the line that is due now for one that was held."""
     created, name, message, args, end = line
-    encoded = encode_plain(created, name, logging.getLevelName(level), message, args, end)
+    encoded = encode_plain(created, name, level, message, args, end)
     if encoded is None:
         record = logging.LogRecord(name, level, "", 0, message, args, None)
         record.created = created / 1_000_000
@@ -153,29 +160,29 @@ def encode_held(level: int, line: Plain) -> bytes:
 
 
 def encode_event(created: int, name: str, context: RequestContext) -> bytes | None:
-    """Return the line that `encode` returns for a record of the event of `context`; None where a field is not plain.
+    """Return the line that `encode` returns for a record of the event of `context`, its ids behind the rest.
 
     created: microseconds since the epoch.
+
+    None where a field is not plain, or is called as one of the event's own.
     """
-    for value in context.fields.values():
-        if type(value) not in _PLAIN:
-            return None
+    end = context.log_end or line_end(context)
+    if end is None or not _EVENT_NAMES.isdisjoint(context.fields):
+        return None
+    try:
+        body = _encode(_Event(summary(context), *_event(context)))
+    except Exception:  # a surrogate
+        return None
+    if not body.isascii() or _DELETE in body:
+        return None
     second, micros = divmod(created, 1_000_000)
-    line: dict[str, Any] = {
-        "timestamp": f"{_second(second)}.{micros:06}Z",
-        "severity": "INFO",
-        "logger": name,
-        "message": summary(context),
-    }
-    return json_line(line | event_fields(context))
+    start = _middle(name, "INFO").removesuffix(_MESSAGE)
+    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], start, body[1:-1], end))
 
 
 def event_fields(context: RequestContext) -> dict[str, Any]:
     """Return what the event of `context` carries, with what is bound."""
-    line: dict[str, Any] = dict(zip(_IDS_AND_EVENT, _ids_and_event(context), strict=True))
-    for each in _IDS:
-        if line[each] is None:
-            del line[each]
+    line: dict[str, Any] = _ids(context) | dict(zip(_EVENT, _event(context), strict=True))
     _add(line, context.fields)
     return line
 
@@ -188,7 +195,7 @@ def summary(event: RequestContext | RequestEvent) -> str:
 
 def encode_text(text: str) -> bytes:
     """Return `text` as one line, its control characters and line breaks escaped, ended by a line feed."""
-    return _utf8(_escaped(text)).encode() + b"\n"
+    return _utf8(escaped(text)).encode() + b"\n"
 
 
 def encode_notice(created: float, levels: Mapping[str, int], reasons: Mapping[str, int]) -> bytes:
@@ -231,7 +238,12 @@ def _head(record: logging.LogRecord) -> dict[str, Any]:
 
 
 def _ids(source: RequestContext | RequestEvent) -> dict[str, str]:
-    return {name: value for name in _IDS if (value := getattr(source, name)) is not None}
+    ids = {"request_id": source.request_id}
+    if source.trace_id is not None:
+        ids["trace_id"] = source.trace_id
+    if source.span_id is not None:
+        ids["span_id"] = source.span_id
+    return ids
 
 
 def _add(line: dict[str, Any], fields: Mapping[Any, Any]) -> None:
@@ -297,7 +309,7 @@ def json_line(line: dict[str, Any]) -> bytes:
         encoded = msgspec.json.encode({_name(key): _encodable(value) for key, value in line.items()})
     if encoded.isascii() and _DELETE not in encoded:
         return encoded + b"\n"
-    return _escaped(encoded.decode()).encode() + b"\n"
+    return escaped(encoded.decode()).encode() + b"\n"
 
 
 def _substitute(value: object) -> str:
@@ -344,5 +356,6 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return `text` without a character that a terminal would obey."""
     return text if text.isprintable() else text.translate(_ESCAPES)

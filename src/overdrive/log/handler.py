@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 from overdrive.context import RequestContext, bound, current
 from overdrive.errors import ConfigurationError
 
+from .console import Console
 from .event import (
     END,
     encode,
@@ -29,7 +30,7 @@ from .event import (
 from .queue import Stats, by_level, by_reason
 from .shape import Shape
 from .tail import Plain, Tail
-from .writer import Dropped, FileSink, StreamSink, Writer
+from .writer import Dropped, FileSink, PrettySink, Sink, StreamSink, Writer
 
 #: Seconds `flush` and `close` wait for a stalled sink.
 _TIMEOUT = 2.0
@@ -57,6 +58,8 @@ class LogHandler(logging.Handler):
     level: the lowest level it takes.
     max_bytes: memory that lines waiting for the sink may take; more are dropped, counted, and announced in
         the stream. An eighth of it is kept for ERROR and above.
+    block: seconds that a caller waits for room before its line is dropped, an event loop with all it serves too: so
+        long at most for each time the sink has stalled, as the next line waits only once it has taken some again.
     tail: with `"errors"`, what a request logs below WARNING is held, in at most 64 KiB of its newest lines, and
         written only if the request raised, was cancelled, was answered with a status of 500 or above, or was slow.
         It takes the context that `Overdrive` gives each request; elsewhere lines are written at once.
@@ -64,6 +67,8 @@ class LogHandler(logging.Handler):
     names: what fields are called instead, by their name here: `{"severity": "level", "trace_id": "trace.id"}`.
     redact: names of fields whose value is not shown: of `extra`, of `bind`, and of dictionaries in these.
     redact_patterns: regular expressions; what they match in any text of a line is not shown.
+    pretty: whether a stream gets lines for people instead of JSON, with tracebacks below; left out, if it is a
+        terminal. Those have colours, but for `NO_COLOR` (https://no-color.org).
 
     Raises `ConfigurationError` where both `path` and `stream` are given, and for options that say nothing.
 
@@ -80,16 +85,22 @@ class LogHandler(logging.Handler):
         stream: TextIO | None = None,
         level: int | str = logging.NOTSET,
         max_bytes: int = 8 * 1024 * 1024,
+        block: float = 0,
         tail: Literal["errors"] | None = None,
         slow: float | None = None,
         names: Mapping[str, str] | None = None,
         redact: Collection[str] = (),
         redact_patterns: Collection[str] = (),
+        pretty: bool | None = None,
     ) -> None:
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        if pretty and path is not None:
+            raise ConfigurationError("LogHandler(pretty=True) is for a stream: a file gets JSON")
         if tail not in (None, "errors"):
             raise ConfigurationError(f'LogHandler(tail={tail!r}): there is tail="errors", or none')
+        if not 0 <= block < float("inf"):
+            raise ConfigurationError(f"LogHandler(block={block!r}): it takes seconds, from 0")
         if slow is not None and tail is None:
             raise ConfigurationError('LogHandler(slow=...) says which requests are kept: it goes with tail="errors"')
         super().__init__(level)
@@ -97,8 +108,8 @@ class LogHandler(logging.Handler):
         #: Where it writes, as handlers of the standard library say it.
         self.baseFilename = None if path is None else os.path.abspath(path)
         self.stream = None if path is not None else sys.stderr if stream is None else stream
-        sink = FileSink(path) if path is not None else StreamSink(sys.stderr if stream is None else stream)
-        self._writer = Writer(sink, max_bytes, self._notice)
+        sink = FileSink(path) if path is not None else _stream_sink(stream, pretty, names or {})
+        self._writer = Writer(sink, max_bytes, self._notice, block)
         self._encoding = _Encoding()
         self._tail = tail is not None
         self._slow = slow
@@ -147,17 +158,13 @@ class LogHandler(logging.Handler):
 
         For loggers that would make the record for this handler alone.
         """
-        if not self._is_prepared() or self.filters or self._writer.is_writing:
+        if self.filters or not self._is_prepared():
             return False
-        context = current()
-        if self._tail and context is not None and self._hold_plain(context, None, name, level, message, args):
-            return True
-        now = time.time_ns() // 1000
-        return self._put_plain(context, now, name, level, logging.getLevelName(level), message, args)
+        return self._put_plain(time.time_ns() // 1000, name, level, message, args)
 
     def put_event(self, name: str, context: RequestContext) -> bool:
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
-        if not self._is_prepared() or self.filters or self._writer.is_writing:
+        if self.filters or not self._is_prepared():
             return False
         line = encode_event(time.time_ns() // 1000, name, context)
         if line is None:
@@ -191,41 +198,27 @@ class LogHandler(logging.Handler):
         try:
             if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
                 return False
+            if record.levelname != logging.getLevelName(record.levelno):
+                return False
             created = round(record.created * 1_000_000)
-            name, level, message, args = record.name, record.levelno, record.msg, record.args
-            context = current()
-            if self._tail and context is not None and self._hold_plain(context, created, name, level, message, args):
-                return True
-            return self._put_plain(context, created, name, level, record.levelname, message, args)
+            return self._put_plain(created, record.name, record.levelno, record.msg, record.args)
         except Exception:  # it is not what it should be
             return False
 
-    def _hold_plain(
-        self, context: RequestContext, created: int | None, name: str, level: int, message: Any, args: Any
-    ) -> bool:
-        tails = context.tails
-        if level >= logging.WARNING or tails is None or (size := plain_size(message, args)) is None:
-            return False
-        if (end := context.log_end or line_end(context)) is None:
-            return False
-        tail = tails.get(self) or self._tail_of(context)
-        tail.hold(level, (created or time.time_ns() // 1000, name, message, args, end), size)
-        return True
-
-    def _put_plain(
-        self,
-        context: RequestContext | None,
-        created: int,
-        name: str,
-        level: int,
-        level_name: str,
-        message: object,
-        args: object,
-    ) -> bool:
-        if self._tail and context is not None and self._holds(level, context):
-            return False  # it is not plain
+    def _put_plain(self, created: int, name: str, level: int, message: Any, args: Any) -> bool:
+        context = current()
         end = (None if bound() else END) if context is None else context.log_end or line_end(context)
-        if end is None or (line := encode_plain(created, name, level_name, message, args, end)) is None:
+        if end is None:
+            return False
+        if self._tail and level < logging.WARNING and context is not None and (tails := context.tails) is not None:
+            size = plain_size(message, args)
+            if size is None:
+                return False
+            tail = tails.get(self) or self._tail_of(context)
+            tail.hold(level, (created, name, message, args, end), size)
+            return True
+        line = encode_plain(created, name, level, message, args, end)
+        if line is None:
             return False
         self._writer.put(level, line)
         return True
@@ -249,7 +242,12 @@ class LogHandler(logging.Handler):
 
     def _is_prepared(self) -> bool:
         """Say whether lines may be joined from prepared parts: JSON as it is here, and no span to look up."""
-        return self.formatter is _JSON_LINES and self._shape is None and _span() is None
+        return (
+            self.formatter is _JSON_LINES
+            and self._shape is None
+            and not ((writer := self._writer).writing is not None and writer.is_writing)
+            and ("opentelemetry.sdk.trace" not in sys.modules or _span() is None)
+        )
 
     def _line(self, record: logging.LogRecord) -> bytes:
         fields = bound()
@@ -269,6 +267,14 @@ class LogHandler(logging.Handler):
             return self._shape.line(line) if self._shape else line
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
+
+
+def _stream_sink(given: TextIO | None, pretty: bool | None, names: Mapping[str, str]) -> Sink:
+    stream = sys.stderr if given is None else given
+    is_terminal = hasattr(stream, "isatty") and stream.isatty()
+    if not (is_terminal if pretty is None else pretty):
+        return StreamSink(stream)
+    return PrettySink(stream, Console(names, colours=is_terminal and not os.environ.get("NO_COLOR")))
 
 
 def _span() -> dict[str, str] | None:

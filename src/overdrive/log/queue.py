@@ -83,6 +83,11 @@ class Buffer:
         with self._lock:
             return self._taken + len(self._lines)
 
+    def has_room(self, level: int, line: bytes) -> bool:
+        """Say whether `put` would not drop `line` now."""
+        limit = self._limit if level >= logging.ERROR else self._limit_below_error
+        return self._size + len(line) + _OVERHEAD <= limit
+
     def put(self, level: int, line: bytes) -> bool:
         """Append `line`, or drop it where there is no room. Return whether the writer must be woken."""
         cost = len(line) + _OVERHEAD

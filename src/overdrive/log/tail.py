@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
+from operator import itemgetter
 
 from overdrive.context import RequestContext
 
@@ -21,6 +23,7 @@ _OVERHEAD = 256
 Plain = tuple[int, str, str, tuple[object, ...], bytes]
 
 _Held = tuple[int, Plain | bytes, int]
+_level_of: Callable[[_Held], int] = itemgetter(0)
 
 
 class Tail:
@@ -74,15 +77,15 @@ class Tail:
 
     def _hand_on(self) -> None:
         gone, self._gone = self._gone, Counter()
-        while self._lines:
-            try:
-                level, line, _ = self._lines.popleft()
-            except IndexError:  # another thread had the last one
-                break
-            if self._kept:
+        held: list[_Held] = []
+        with suppress(IndexError):  # it is empty, or another thread had the last one
+            while True:
+                held.append(self._lines.popleft())
+        if self._kept:
+            for level, line, _ in held:
                 self._keep(level, line)
-            else:
-                gone[level] += 1
+        else:
+            gone.update(map(_level_of, held))
         if gone:
             (self._lose if self._kept else self._sample)(gone)
 

@@ -1,4 +1,4 @@
-"""The background thread that writes lines, and the two kinds of places it writes them to.
+"""The background thread that writes lines, and the kinds of places it writes them to.
 
 The thread never logs and takes no lock but the ones of this package, so that whoever waits for it, as
 `dictConfig` does holding logging's module lock, waits for the sink alone.
@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from typing import Protocol, TextIO
 
+from .console import Console
 from .queue import Buffer, Line, Reason, Stats
 
 #: Seconds in which lines gather for one write.
@@ -53,11 +54,13 @@ class Writer:
     sink: where lines go; only ever used by one thread at a time.
     max_bytes: memory the lines may take. Beyond it they are dropped.
     notice: makes the line that is written where lines were dropped.
+    block: seconds to wait for room before that, once for each time the sink has stalled.
     """
 
-    def __init__(self, sink: Sink, max_bytes: int, notice: Callable[[Dropped], bytes]) -> None:
+    def __init__(self, sink: Sink, max_bytes: int, notice: Callable[[Dropped], bytes], block: float = 0) -> None:
         self._sink = sink
         self._buffer = Buffer(max_bytes)
+        self._block = block
         self._notice = notice
         self._closed = False
         self._reset()
@@ -70,8 +73,10 @@ class Writer:
         self._draining = threading.Lock()
         self._progress = threading.Condition()
         #: The thread that is writing: mostly the one above, after `close` anyone's.
-        self._writing: int | None = None
+        self.writing: int | None = None
         self._announced: Dropped = Counter()
+        #: How many lines were settled when somebody last waited for room in vain.
+        self._stalled_at = -1
 
     def after_fork(self) -> None:
         """Begin anew in a child: without the parent's thread, its lines, and the locks it may have held."""
@@ -86,10 +91,12 @@ class Writer:
     @property
     def is_writing(self) -> bool:
         """Whether this thread is in the middle of writing, so that what it logs would never end."""
-        return self._writing is not None and self._writing == threading.get_ident()
+        return self.writing is not None and self.writing == threading.get_ident()
 
     def put(self, level: int, line: bytes) -> None:
         """Have `line` written soon; once closed, write it before returning, if the sink takes it in time."""
+        if self._block and not self._closed and not self._buffer.has_room(level, line):
+            self._wait_for_room(level, line)
         wake = self._buffer.put(level, line)
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
@@ -156,6 +163,14 @@ class Writer:
                 self._bell.ring()
             self._closed = False
 
+    def _wait_for_room(self, level: int, line: bytes) -> None:
+        if self._buffer.settled == self._stalled_at:
+            return
+        self._hurry()
+        with self._progress:
+            if not self._progress.wait_for(lambda: self._buffer.has_room(level, line), self._block):
+                self._stalled_at = self._buffer.settled
+
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="overdrive-log", daemon=True)
         try:
@@ -187,7 +202,7 @@ class Writer:
         while True:
             if not self._draining.acquire(timeout=_lock_timeout(deadline)):
                 return
-            self._writing = threading.get_ident()
+            self.writing = threading.get_ident()
             try:
                 healthy = True
                 while batch := self._buffer.take(_BATCH):
@@ -195,7 +210,7 @@ class Writer:
                 if healthy and self._unannounced():
                     self._write([], deadline)
             finally:
-                self._writing = None
+                self.writing = None
                 self._draining.release()
             # Whoever gave up waiting for the lock relies on its holder to look once more.
             if self._buffer.settled >= self._buffer.accepted:
@@ -280,6 +295,34 @@ class StreamSink:
             self._stream.flush()
             return len(lines)
         return self._lines.write(fd, lines, deadline)
+
+    def close(self) -> None:
+        """Do nothing: the stream is its owner's to close."""
+
+
+class PrettySink:
+    """An open text stream on which each line is shown as people read it.
+
+    stream: stays open, whatever happens to the sink.
+    """
+
+    def __init__(self, stream: TextIO, console: Console) -> None:
+        self._stream = stream
+        self._console = console
+
+    def write(self, lines: Sequence[bytes], deadline: float) -> int:
+        """Show `lines`; whatever the stream raises."""
+        try:
+            fd = self._stream.fileno()
+        except (AttributeError, io.UnsupportedOperation):
+            self._stream.write(b"".join(map(self._console.show, lines)).decode())
+            self._stream.flush()
+            return len(lines)
+        for number, line in enumerate(lines):
+            shown = self._console.show(line)
+            if _send(fd, shown, len(shown), deadline) < len(shown):
+                return number
+        return len(lines)
 
     def close(self) -> None:
         """Do nothing: the stream is its owner's to close."""

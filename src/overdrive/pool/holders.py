@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,8 @@ logger = logging.getLogger("overdrive")
 
 #: Code that takes connections on behalf of others.
 _LIBRARIES = ("sqlalchemy", "overdrive", "asyncio", "anyio", "starlette", "fastapi", "uvicorn", "greenlet", "threading")
+#: What is called by nobody who has anything to do with the request.
+_OUTSIDE = ("overdrive.middleware", "asyncio.events", "asyncio.runners")
 #: Lines of code that are kept of a stack.
 _DEPTH = 5
 
@@ -36,7 +39,7 @@ class Holders:
         """Note who takes a connection."""
         context = current()
         route = f"{context.method} {context.path} (request {context.request_id})" if context else "no request"
-        stack = list(_lines(sys._getframe(1)))
+        stack = list(islice(team_lines(), _DEPTH))
         self._held[connection] = (now, route, stack)
 
     def gave(self, connection: Any) -> None:
@@ -53,17 +56,22 @@ class Holders:
             logger.warning("a connection has been held for %.1f s by %s; it was taken at%s", now - since, route, where)
 
 
-def _lines(frame: FrameType | None) -> Iterator[Line]:
-    """Yield the innermost lines of the team's own code, from a greenlet on into what has started it."""
+def team_lines() -> Iterator[Line]:
+    """Yield the lines of the team's own code, innermost first, from a greenlet on into what has started it.
+
+    Nothing of what stands around the router, or runs the loop.
+    """
+    frame: FrameType | None = sys._getframe(1)
     greenlet = getcurrent()
-    found = 0
-    while found < _DEPTH:
+    while True:
         if frame is None:
             # The frames of a greenlet end where it was started.
             greenlet = greenlet.parent
             if greenlet is None or (frame := greenlet.gr_frame) is None:
                 return
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
-            found += 1
+        module = frame.f_globals.get("__name__", "")
+        if module in _OUTSIDE:
+            return
+        if module.partition(".")[0] not in _LIBRARIES:
             yield frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back

@@ -25,6 +25,7 @@ from overdrive.context import OF_ROWS, Reads, collectors, current
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 
+from .holders import team_lines
 from .pool import FairPool
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of
@@ -188,6 +189,9 @@ class Observation:
             context.statements += 1
             context.database_time += duration
             context.rows += max(rows, 0)
+            # Looking for the place is dear, and done once.
+            if context.repeats is not None and context.repeats.add(sql) and (place := next(team_lines(), None)):
+                context.repeats.came_from(sql, place)
         if facts is None:
             return
         if facts.rows_read and rows < 1:
