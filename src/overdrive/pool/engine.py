@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import time
 from functools import partial
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy import URL, Connection, Dialect, Engine, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -33,6 +35,13 @@ _BUSY_TIMEOUT = 30_000
 _OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
 #: What only a `FairPool` takes; a database in memory has one connection and no pool.
 _FAIR = ("max_waiting", "linger", "validate_after", "leak_after")
+#: The server ends this connection, all of them, or is on its way up (PostgreSQL, appendix A: error codes).
+_SHUTTING_DOWN = frozenset(("57P01", "57P02", "57P03"))
+_READ_ONLY = "25006"
+#: What PostgreSQL 14 and later tell a client of on their own: whether this is a server that takes no writes.
+_READ_ONLY_SERVER = ("in_hot_standby", "default_transaction_read_only")
+#: Seconds after which connections may be replaced again because their server takes no writes.
+_FAILOVER_PAUSE = 1.0
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -139,7 +148,12 @@ def _explained(url: URL) -> Any:
 
 
 def prepare(engine: Engine) -> None:
-    """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
+    """Have a team's own engine keep two promises; nothing else of it is changed.
+
+    A cancelled query ends, and a server that has been demoted or shut down is left behind.
+    """
+    if engine.dialect.name == "postgresql" and not event.contains(engine, "handle_error", _leave_server):
+        event.listen(engine, "handle_error", _leave_server)
     watched = event.contains(engine, "connect", _end_abandoned_queries)
     if engine.dialect.name == "postgresql" and engine.dialect.is_async and not watched:
         event.listen(engine, "connect", _end_abandoned_queries)
@@ -177,6 +191,33 @@ async def _have_client_watched(connection: Any) -> None:
         await connection.execute(setting)
     finally:
         await connection.set_autocommit(False)
+
+
+def _leave_server(failure: ExceptionContext) -> None:
+    """Have a connection replaced, and all as old as it, where its server is not the one that takes writes any more.
+
+    What stands at its address now may be. The error goes to whoever met it.
+    """
+    connection = failure.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    code = getattr(failure.original_exception, "sqlstate", None)
+    if code in _SHUTTING_DOWN or (code == _READ_ONLY and _is_demoted(connection.connection)):
+        failure.is_disconnect = True
+
+
+def _is_demoted(pooled: Any) -> bool:
+    """Say whether it is the server that takes no writes, and not this transaction alone that was begun READ ONLY."""
+    # Until another server is promoted, every write fails, and must not cost a connection each.
+    if time.time() - pooled._connection_record.starttime < _FAILOVER_PAUSE:
+        return False
+    driver = pooled.driver_connection
+    if hasattr(driver, "get_settings"):
+        settings = driver.get_settings()
+        told = [getattr(settings, name, None) for name in _READ_ONLY_SERVER]
+    else:
+        told = [driver.info.parameter_status(name) for name in _READ_ONLY_SERVER]
+    return "on" in told or None in told
 
 
 def _close_behind(dialect: Dialect, dbapi_connection: Any) -> None:
