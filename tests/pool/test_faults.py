@@ -1,4 +1,4 @@
-"""What a database does to a pool, for real: always the same in the end, nobody holds anything and everybody is served."""
+"""What a database does to a pool, for real: in the end nobody holds anything and everybody is served."""
 
 from __future__ import annotations
 

@@ -58,6 +58,8 @@ class CommitObserver(Protocol):
 
 #: Where an engine keeps its observation.
 _ATTRIBUTE = "overdrive_observation"
+#: Where an engine notes that its statements need a transaction each.
+NEEDS_TRANSACTIONS = "overdrive_needs_transactions"
 
 #: Observers whose `before` has been called, each with the token it returned.
 Announced = list[tuple[CommitObserver, Any]]
@@ -274,6 +276,7 @@ class Observation:
             and getattr(dialect, "default_isolation_level", None) == "READ COMMITTED"
             and getattr(dialect, "_on_connect_isolation_level", "unknown") in (None, "READ COMMITTED")
             and options.get("isolation_level") in (None, "READ COMMITTED")
+            and not getattr(self.engine, NEEDS_TRANSACTIONS, False)
         )
 
     def _is_autocommit(self, connection: Connection) -> bool:

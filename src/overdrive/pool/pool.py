@@ -142,8 +142,8 @@ class FairPool(Pool):
     linger: seconds a connection beyond `pool_size` stays open after its last use.
     validate_after: seconds of idleness after which a connection is asked for an answer: behind the scenes, so that no
         firewall forgets it, and else before it is used. Threads have nobody to do the former.
-    min_idle: connections that are to be idle, opened before anybody asks, as long as there are no more than `pool_size`;
-        not for threads.
+    min_idle: connections that are to be idle, opened before anybody asks, as long as there are no more than
+        `pool_size`; not for threads.
     leak_after: seconds after which whoever still has a connection is named in a WARNING, with the route and the place
         in the code where it was taken; None for never.
     recycle: seconds a connection lives, less up to a tenth, so that not all are replaced at once; -1 for ever
