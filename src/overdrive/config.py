@@ -39,6 +39,11 @@ class PoolSettings(BaseModel):
     processes: how many processes of the service there are, on all machines, to compare what their pools may open with
         the server's `max_connections`; left out, WEB_CONCURRENCY, or else 1.
     strict: refuse to connect where that does not fit; otherwise it is a WARNING.
+    deadline: seconds a request has until its response begins; then it is cancelled, with what it has the database do,
+        and answered with 503. Left out, there is no end.
+    deadline_header: a request header in which a trusted proxy says how many milliseconds a request has, where that is
+        less; what is no whole number is not heeded.
+    stop_abandoned: whether GET and HEAD requests are cancelled when their client has left.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +60,9 @@ class PoolSettings(BaseModel):
     pgbouncer: bool = False
     processes: int | None = Field(None, ge=1)
     strict: bool = False
+    deadline: float | None = Field(None, gt=0)
+    deadline_header: str | None = Field(None, pattern=r"^[A-Za-z0-9-]+$")
+    stop_abandoned: bool = False
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> Self:

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
-def server_url(request: pytest.FixtureRequest, postgres_database: str) -> str:
-    return postgres_database.replace("asyncpg", request.param)
+def server_url(request: pytest.FixtureRequest, postgres_url: str) -> str:
+    return postgres_url.replace("asyncpg", request.param)
 
 
 # Passwords

@@ -18,8 +18,8 @@ ALL = "FROM pg_stat_activity WHERE application_name = 'fair' AND datname = curre
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
-def server_url(request: pytest.FixtureRequest, postgres_database: str) -> str:
-    return postgres_database.replace("asyncpg", request.param)
+def server_url(request: pytest.FixtureRequest, postgres_url: str) -> str:
+    return postgres_url.replace("asyncpg", request.param)
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ async def write(engine: AsyncEngine) -> None:
 @pytest.fixture
 async def written(engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
+        await connection.execute(text("DROP TABLE IF EXISTS written"))
         await connection.execute(text("CREATE TABLE written (id serial PRIMARY KEY)"))
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
+from overdrive.context import current
 from overdrive.errors import ConfigurationError, OverloadedError
 
 from .closing import abandon, close, has_loop, watch
@@ -292,6 +293,8 @@ class FairPool(Pool):
     def _get(self, got: Pooled | Place | None, now: float) -> Pooled:
         """Get a connection with whatever that needs: waiting, opening, validating, and all of it again."""
         deadline = now + self._timeout
+        if (context := current()) is not None and context.deadline is not None:
+            deadline = min(deadline, context.deadline)
         # What one was given was of no use: the next is one's own before everybody else's.
         first = False
         while True:
