@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .endpoint import get_sync_session as get_sync_session
     from .endpoint import get_sync_session_factory as get_sync_session_factory
     from .errors import ConfigurationError as ConfigurationError
+    from .errors import DeadlineExceededError as DeadlineExceededError
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
     from .errors import OverdriveError as OverdriveError
@@ -76,6 +77,7 @@ _MODULES = {
     ),
     "errors": (
         "ConfigurationError",
+        "DeadlineExceededError",
         "InvalidCursorError",
         "NotInstalledError",
         "OverdriveError",

@@ -24,7 +24,7 @@ from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
 from .metrics import Exporter, Reading, instrument, of_cache, of_log, of_pages, of_pool, of_source
-from .pool.engine import create_engine, create_sync_engine, prepare
+from .pool.engine import create_engine, create_sync_engine, password_of, prepare
 from .pool.observe import Observation, observe
 from .pool.session import Sessions, SyncSessions
 
@@ -121,6 +121,10 @@ class Overdrive:
             "linger": pool.linger,
             "validate_after": pool.validate_after,
             "leak_after": pool.leak_after,
+            "min_idle": pool.min_idle,
+            "pgbouncer": pool.pgbouncer,
+            "processes": pool.processes,
+            "strict": pool.strict,
         }
 
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
@@ -142,13 +146,14 @@ class Overdrive:
     def sync_sessions(self, engine: str = "default") -> SyncSessions:
         """Return what makes the synchronous sessions of an engine, with a pool of their own."""
         if engine not in self._sync_sessions:
-            url = self._known(engine).url
+            sync_engine = self._known(engine).sync_engine
+            url = sync_engine.url
             if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
                 raise ConfigurationError(
                     "an SQLite database in memory belongs to one connection, and plain functions need another: "
                     "use a file, sqlite:///file.sqlite"
                 )
-            made = create_sync_engine(url, **self._pooling)
+            made = create_sync_engine(url, password=password_of(sync_engine), **self._pooling)
             self._owned_sync.append(made)
             self._observe(made, engine, prepared=True)
             self._sync_sessions[engine] = SyncSessions.of(made, self._sync_session_class)

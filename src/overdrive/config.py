@@ -31,8 +31,19 @@ class PoolSettings(BaseModel):
     recycle: seconds after which a connection is replaced, less up to a tenth; -1 never.
     max_waiting: checkouts that may wait at once; left out, ten for each connection, and a hundred at least.
     linger: seconds a connection beyond `size` stays open after its last use.
-    validate_after: seconds of idleness after which a connection is asked for an answer before it is used.
+    validate_after: seconds of idleness after which a connection is asked for an answer, behind the scenes where the
+        pool is asynchronous, and else before it is used.
+    min_idle: connections that are to be idle, opened before anybody asks, as long as there are no more than `size`.
     leak_after: seconds after which whoever still has a connection is named in a WARNING; left out, nobody is.
+    pgbouncer: whether the database's URL is that of a PgBouncer in transaction mode.
+    processes: how many processes of the service there are, on all machines, to compare what their pools may open with
+        the server's `max_connections`; left out, WEB_CONCURRENCY, or else 1.
+    strict: refuse to connect where that does not fit; otherwise it is a WARNING.
+    deadline: seconds a request has until its response begins; then it is cancelled, with what it has the database do,
+        and answered with 503. Left out, there is no end.
+    deadline_header: a request header in which a trusted proxy says how many milliseconds a request has, where that is
+        less; what is no whole number is not heeded.
+    stop_abandoned: whether GET and HEAD requests are cancelled when their client has left.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +56,19 @@ class PoolSettings(BaseModel):
     linger: float = Field(10, ge=0)
     validate_after: float = Field(30, ge=0)
     leak_after: float | None = Field(None, gt=0)
+    min_idle: int = Field(0, ge=0)
+    pgbouncer: bool = False
+    processes: int | None = Field(None, ge=1)
+    strict: bool = False
+    deadline: float | None = Field(None, gt=0)
+    deadline_header: str | None = Field(None, pattern=r"^[A-Za-z0-9-]+$")
+    stop_abandoned: bool = False
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        if self.min_idle > self.size:
+            raise ValueError(f"min_idle ({self.min_idle}) is larger than size ({self.size})")
+        return self
 
 
 class CacheSettings(BaseModel):

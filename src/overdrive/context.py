@@ -58,6 +58,7 @@ class RequestContext:
         "cache_status",
         "cursor_keys",
         "database_time",
+        "deadline",
         "duration",
         "exchange",
         "fields",
@@ -115,6 +116,8 @@ class RequestContext:
         self.tenant: str | None = None
         #: The sessions to be ended before the first byte.
         self.work: list[UnitOfWork] = []
+        #: When the request's time runs out, by `time.monotonic`; None where it has as much as it likes.
+        self.deadline: float | None = None
         #: FastAPI's response object, on which dependencies set headers and cookies.
         self.response: Any = None
         #: The page parameters the client sent, where the route declares a page.

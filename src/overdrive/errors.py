@@ -6,6 +6,7 @@
     * `SessionEndedError` (500): the request's session was used after its response had begun
     * `PageError` (500): the endpoint's query or page style cannot be paginated as written
     * `OverloadedError` (503): there is more to do than can be done now; answered with `Retry-After`
+        * `DeadlineExceededError` (503): the request's time has run out
     * `RequestError` (400): the request itself asks for something impossible; answered as JSON with its code
         * `InvalidCursorError` (400): a cursor that was damaged, or made for another route, order or filter
         * `PageTooDeepError` (400): a page by number behind more rows than may be skipped
@@ -54,6 +55,12 @@ class OverloadedError(OverdriveError):
     status = 503
     code = "overloaded"
     retry_after: float = 1
+
+
+class DeadlineExceededError(OverloadedError):
+    """The time a request has, by `pool.deadline` or its proxy's header, has run out before its response began."""
+
+    code = "deadline_exceeded"
 
 
 class RequestError(OverdriveError):

@@ -27,12 +27,13 @@ from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import CacheSettings, LogSettings, PaginationSettings
+from .config import CacheSettings, LogSettings, PaginationSettings, PoolSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
+from .pool.attempt import Attempts
 from .routes import (
     Site,
     add_dependency,
@@ -71,6 +72,8 @@ class Installation:
         self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
         self.log = LogSettings(events=False)
+        self.pool = PoolSettings()
+        self.attempts = Attempts(stop_abandoned=False)
         #: What takes the events instead of the logger `overdrive.request`.
         self.events_to: BindingLogger | None = None
         self._installed = False
@@ -118,6 +121,8 @@ class Installation:
             self.cursor_keys = tuple(each.get_secret_value().encode() for each in settings.pagination.secrets)
         self.request_id_header = settings.log.request_id_header.lower().encode()
         self.log = settings.log
+        self.pool = settings.pool
+        self.attempts = Attempts(stop_abandoned=settings.pool.stop_abandoned)
         self.events_to = runtime.events_to
 
     # Where Overdrive stands

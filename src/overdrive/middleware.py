@@ -10,6 +10,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import math
 import os
 import random
 import re
@@ -24,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .cache.entry import Entry
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import Outcome, RequestContext, current, serving
+from .errors import DeadlineExceededError
 from .instrumentation.events import RequestEvent, listening, publish
 from .instrumentation.repeats import Repeats, Repetition
 from .log.logger import bind_event, let_event_go, log_event
@@ -43,6 +45,8 @@ _TRACEPARENT = re.compile(
 )
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+_MILLISECONDS = re.compile(rb"[0-9]{1,9}")
 
 #: Where a scope tells a mounted app's Observer that it is being observed.
 _OBSERVED = "overdrive"
@@ -279,12 +283,15 @@ def _new_id() -> str:
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
     trace = request_id = None
     trusted = installation.request_id_header if installation.log.trust_request_id else None
+    budget, budget_header = installation.pool.deadline, (installation.pool.deadline_header or "").lower().encode()
     for name, value in scope["headers"]:
         if name == b"traceparent":
             trace = _TRACEPARENT.fullmatch(value)
         elif name == trusted and _REQUEST_ID.fullmatch(value):
             request_id = value.decode()
-    return RequestContext(
+        elif name == budget_header and _MILLISECONDS.fullmatch(value):
+            budget = min(int(value) / 1000, math.inf if budget is None else budget)
+    context = RequestContext(
         request_id=request_id or _new_id(),
         method=scope.get("method", "WEBSOCKET"),
         path=scope["path"],
@@ -294,6 +301,9 @@ def _context_of(scope: Scope, installation: Installation) -> RequestContext:
         trace_id=trace[1].decode() if trace else None,
         span_id=trace[2].decode() if trace else None,
     )
+    if budget is not None and scope["type"] == "http":
+        context.deadline = time.monotonic() + budget
+    return context
 
 
 class RequestPath:
@@ -342,9 +352,11 @@ class RequestPath:
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
-            await self.app(scope, receive, guard.send)
+            await self._installation.attempts.run(self.app, context, scope, receive, guard)
         except CommitFailed as failed:
             failure = failed.error
+        except DeadlineExceededError as error:
+            failure = error
         except Exception as error:
             if context.exchange is None:
                 raise

@@ -26,9 +26,11 @@ class Caller(Waiter):
 class Pools(RuleBasedStateMachine):
     """Callers that ask, wait, give up, connect and fail, in any order; a second is the unit of all times."""
 
-    @initialize(size=st.integers(1, 3), overflow=st.integers(0, 2), max_waiting=st.integers(0, 4))
-    def make(self, size: int, overflow: int, max_waiting: int) -> None:
-        self.fair = Fair(size, overflow, linger=2, max_waiting=max_waiting)
+    @initialize(
+        size=st.integers(1, 3), overflow=st.integers(0, 2), max_waiting=st.integers(0, 4), min_idle=st.integers(0, 3)
+    )
+    def make(self, size: int, overflow: int, max_waiting: int, min_idle: int) -> None:
+        self.fair = Fair(size, overflow, linger=2, max_waiting=max_waiting, min_idle=min(min_idle, size))
         self.now = 0.0
         #: In the order in which they came.
         self.queue: list[Caller] = []
@@ -45,10 +47,8 @@ class Pools(RuleBasedStateMachine):
         else:
             assert isinstance(something, Refusal)
 
-    def wait(self, *, first: bool) -> None:
-        # Whoever has been given something of no use asked before all who wait.
-        others = [each.deadline for each in self.fair.waiters] if first else []
-        waiter = Caller(min([self.now + TIMEOUT, *others]))
+    def wait(self, *, first: bool, patience: float = TIMEOUT) -> None:
+        waiter = Caller(self.now + patience)
         self.queue.insert(0 if first else len(self.queue), waiter)
         refusal = self.fair.wait(waiter, self.now, first=first)
         if refusal is not None:
@@ -56,15 +56,40 @@ class Pools(RuleBasedStateMachine):
             assert refusal.retry_after > 0
             self.queue.remove(waiter)
 
-    @rule()
-    def ask(self) -> None:
+    @rule(patience=st.sampled_from((0.5, TIMEOUT)))
+    def ask(self, patience: float) -> None:
         waited = any(waiter.answer is None for waiter in self.queue)
         got = self.fair.ask(self.now)
         if got is None:
-            self.wait(first=False)
+            self.wait(first=False, patience=patience)
         else:
             assert not waited, "a newcomer went before somebody who waits"
             self.take(got)
+
+    @rule()
+    def refill(self) -> None:
+        idle = len(self.fair.idle)
+        if self.fair.refill(self.now) is not None:
+            self.connecting += 1
+            assert idle + self.fair.connecting <= self.fair.min_idle
+            assert self.fair.taken <= self.fair.size
+
+    @rule(good=st.booleans(), meanwhile=st.booleans())
+    def ask_one_for_an_answer(self, good: bool, meanwhile: bool) -> None:
+        oldest = min((each.alive_at for each in self.fair.idle), default=self.now)
+        silent = self.fair.silent(self.now, 1)
+        if silent is None:
+            assert oldest + 1 > self.now
+            return
+        assert silent.alive_at == oldest
+        if meanwhile and not self.fair.idle:
+            self.ask(TIMEOUT)
+        if good:
+            since = silent.idle_since
+            self.fair.give_back_unused(silent, self.now)
+            assert (silent.idle_since, silent.alive_at) == (since, self.now)
+        else:
+            self.fair.free(self.now)
 
     @precondition(lambda self: self.connecting)
     @rule()
@@ -278,6 +303,49 @@ def test_what_is_beyond_the_size_lingers_and_all_ends_with_its_lifetime(after: f
     for _ in fair.tick(after):
         fair.free(after)
     assert len(fair.idle) == fair.taken == left
+
+
+def test_one_that_was_asked_for_an_answer_is_neither_younger_nor_the_next_to_be_used() -> None:
+    fair = pool(2)
+    first, second = opened(fair), opened(fair)
+    fair.give(first, 1)
+    fair.give(second, 2)
+    assert fair.silent(30, 30) is None
+    assert fair.silent(31, 30) is first
+    assert fair.silent(31, 30) is None
+    fair.give_back_unused(first, 31)
+    assert fair.idle == [first, second]
+    assert first.idle_since == 1
+    assert fair.silent(32, 30) is second
+
+
+def test_as_many_are_opened_ahead_as_are_to_be_idle_one_at_a_time_while_the_database_refuses() -> None:
+    fair = Fair(3, 2, linger=2, max_waiting=9, min_idle=2)
+    assert isinstance(fair.refill(0), Place)
+    assert isinstance(fair.refill(0), Place)
+    assert fair.refill(0) is None
+    fair.failed(0, 1)
+    fair.failed(0, 1)
+    assert fair.refill(0) is None
+    assert isinstance(fair.refill(1), Place)
+    assert fair.refill(1) is None
+    fair.opened(1)
+    held = [Pooled(fair, None, LIFETIME), opened(fair), opened(fair)]
+    assert fair.refill(2) is None, "it is not among those kept open"
+    fair.give(held[0], 2)
+    assert fair.refill(2) is None
+
+
+def test_who_has_less_time_is_told_so_before_those_who_came_earlier() -> None:
+    fair = pool()
+    held = opened(fair)
+    patient, hurried = waiting(fair, 100), waiting(fair, 5)
+    assert fair.due() == 5
+    fair.tick(5)
+    assert isinstance(hurried.answer, Refusal)
+    assert patient.answer is None
+    fair.give(held, 6)
+    assert patient.answer is held
 
 
 def test_a_newcomer_does_not_try_before_who_waits_for_the_next_attempt() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import sqlite3
+import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy import URL, Connection, Dialect, Engine, event, make_url, text
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -20,10 +24,16 @@ from sqlalchemy.util.concurrency import in_greenlet
 from overdrive.errors import ConfigurationError
 
 from .closing import abandon, close, has_loop
+from .observe import NEEDS_TRANSACTIONS
 from .pool import FairPool
+from .sizes import watch_sizes
 from .statement import facts_of, first_word
 from .tasks import start, to_the_end
 
+Password = Callable[[], str | Awaitable[str]]
+
+#: Where an engine keeps what is asked for its password.
+_PASSWORD = "overdrive_password"
 #: The driver a URL without one gets, and the driver that can do the same for synchronous code.
 _ASYNC_DRIVERS = {"postgresql": "asyncpg", "postgres": "asyncpg", "sqlite": "aiosqlite"}
 _SYNC_DRIVERS = {"postgresql+asyncpg": "postgresql+psycopg", "sqlite+aiosqlite": "sqlite"}
@@ -32,7 +42,24 @@ _BUSY_TIMEOUT = 30_000
 #: Statements of SQLite that end, begin or cannot be in a transaction.
 _OUTSIDE_TRANSACTIONS = frozenset(("begin", "commit", "end", "vacuum", "attach", "detach"))
 #: What only a `FairPool` takes; a database in memory has one connection and no pool.
-_FAIR = ("max_waiting", "linger", "validate_after", "leak_after")
+_FAIR = ("max_waiting", "linger", "validate_after", "leak_after", "min_idle")
+#: By driver, what keeps it from preparing statements that a later transaction might look for on another server.
+_BEHIND_PGBOUNCER: dict[str, dict[str, Any]] = {
+    "asyncpg": {
+        "statement_cache_size": 0,
+        "prepared_statement_cache_size": 0,
+        # One without a name is sent together with its values, and is replaced by the next.
+        "prepared_statement_name_func": str,
+    },
+    "psycopg": {"prepare_threshold": None},
+}
+#: The server ends this connection, all of them, or is on its way up (PostgreSQL, appendix A: error codes).
+_SHUTTING_DOWN = frozenset(("57P01", "57P02", "57P03"))
+_READ_ONLY = "25006"
+#: What PostgreSQL 14 and later tell a client of on their own: whether this is a server that takes no writes.
+_READ_ONLY_SERVER = ("in_hot_standby", "default_transaction_read_only")
+#: Seconds after which connections may be replaced again because their server takes no writes.
+_FAILOVER_PAUSE = 1.0
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -43,6 +70,10 @@ def create_engine(
     max_overflow: int = 20,
     pool_timeout: float = 30,
     pool_recycle: int = 1800,
+    password: Password | None = None,
+    pgbouncer: bool = False,
+    processes: int | None = None,
+    strict: bool = False,
     **options: Any,
 ) -> AsyncEngine:
     """Create an async engine with a `FairPool`.
@@ -52,6 +83,14 @@ def create_engine(
     max_overflow: connections opened beyond `pool_size` under load.
     pool_timeout: seconds a checkout waits before it fails.
     pool_recycle: seconds after which a connection is replaced, less up to a tenth; -1 never.
+    password: a function, or a coroutine function, that is called for each new connection and returns its password: one
+        that is rotated, or a token that expires.
+    pgbouncer: whether the URL is that of a PgBouncer in transaction mode. Nothing is then left on a server's session,
+        which may be another one with the next transaction: neither prepared statements nor settings.
+    processes: how many processes have such a pool, on all machines, to be compared with the server's `max_connections`;
+        left out, the variable WEB_CONCURRENCY says it, or else it is 1. What cannot fit is a WARNING with the first
+        connection.
+    strict: refuse to connect instead, with a `ConfigurationError`.
     options: whatever else a `FairPool` or `sqlalchemy.ext.asyncio.create_async_engine` takes.
 
     Raises `ConfigurationError` for a malformed URL, a bad number or a driver that is not installed.
@@ -60,9 +99,12 @@ def create_engine(
     if target.drivername in _ASYNC_DRIVERS:
         target = target.set(drivername=f"{target.get_backend_name()}+{_ASYNC_DRIVERS[target.drivername]}")
     pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
+    _adapt(target, options, password, pgbouncer)
     with _explained(target):
         engine = create_async_engine(target, **pooling, **options)
-    _prepare_our_own(engine.sync_engine)
+    _prepare_our_own(engine.sync_engine, password)
+    if not pgbouncer:
+        watch_sizes(engine.sync_engine, processes, strict=strict)
     return engine
 
 
@@ -73,6 +115,10 @@ def create_sync_engine(
     max_overflow: int = 20,
     pool_timeout: float = 30,
     pool_recycle: int = 1800,
+    password: Password | None = None,
+    pgbouncer: bool = False,
+    processes: int | None = None,
+    strict: bool = False,
     **options: Any,
 ) -> Engine:
     """Create the engine that synchronous code uses for the same database as `create_engine(url)`."""
@@ -83,9 +129,12 @@ def create_sync_engine(
     )
     target = target.set(drivername=_SYNC_DRIVERS.get(name, name))
     pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
+    _adapt(target, options, password, pgbouncer)
     with _explained(target):
         engine = sqlalchemy.create_engine(target, **pooling, **options)
-    _prepare_our_own(engine)
+    _prepare_our_own(engine, password)
+    if not pgbouncer:
+        watch_sizes(engine, processes, strict=strict)
     return engine
 
 
@@ -124,6 +173,17 @@ def _pooling(
     }
 
 
+def _adapt(url: URL, options: dict[str, Any], password: Password | None, pgbouncer: bool) -> None:
+    if password is not None and not callable(password):
+        raise ConfigurationError("password= takes a function that returns one; what does not change stands in the URL")
+    if not pgbouncer:
+        return
+    driver = url.get_driver_name()
+    if driver not in _BEHIND_PGBOUNCER:
+        raise ConfigurationError(f"pgbouncer=True knows {' and '.join(_BEHIND_PGBOUNCER)}, not {url.drivername}")
+    options["connect_args"] = {**_BEHIND_PGBOUNCER[driver], **options.get("connect_args", {})}
+
+
 @contextlib.contextmanager
 def _explained(url: URL) -> Any:
     try:
@@ -139,18 +199,27 @@ def _explained(url: URL) -> Any:
 
 
 def prepare(engine: Engine) -> None:
-    """Have a team's own engine keep the promise that a cancelled query ends; nothing else of it is changed."""
+    """Have a team's own engine keep two promises; nothing else of it is changed.
+
+    A cancelled query ends, and a server that has been demoted or shut down is left behind.
+    """
+    if engine.dialect.name == "postgresql" and not event.contains(engine, "handle_error", _leave_server):
+        event.listen(engine, "handle_error", _leave_server)
     watched = event.contains(engine, "connect", _end_abandoned_queries)
     if engine.dialect.name == "postgresql" and engine.dialect.is_async and not watched:
         event.listen(engine, "connect", _end_abandoned_queries)
     if engine.dialect.driver == "asyncpg":
+        event.listen(engine, "connect", partial(_note_pooler, engine))
         engine.dialect.do_terminate = partial(_close_behind, engine.dialect)  # type: ignore[method-assign]
     elif engine.dialect.driver == "aiosqlite":
         engine.dialect.do_terminate = partial(_stop_thread, engine.dialect)  # type: ignore[method-assign]
 
 
-def _prepare_our_own(engine: Engine) -> None:
+def _prepare_our_own(engine: Engine, password: Password | None) -> None:
     prepare(engine)
+    if password is not None:
+        setattr(engine, _PASSWORD, password)
+        event.listen(engine, "do_connect", partial(_give_password, password))
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _behave_like_a_server)
         event.listen(engine, "before_cursor_execute", _begin_with_the_first_write)
@@ -161,12 +230,47 @@ def begins_with_writes(engine: Engine) -> bool:
     return event.contains(engine, "before_cursor_execute", _begin_with_the_first_write)
 
 
+def password_of(engine: Engine) -> Password | None:
+    """Return what is asked for the password of each connection, where something is."""
+    return getattr(engine, _PASSWORD, None)
+
+
+def _give_password(
+    password: Password, dialect: Dialect, _record: Any, _arguments: Any, parameters: dict[str, Any]
+) -> None:
+    given = password()
+    if inspect.isawaitable(given):
+        given = await_only(given) if dialect.is_async else asyncio.run(_awaited(given))
+    if not isinstance(given, str):
+        raise ConfigurationError(f"password= has to return text, not {type(given).__name__}")
+    parameters["password"] = given
+
+
+async def _awaited(given: Awaitable[str]) -> str:
+    return await given
+
+
+def _note_pooler(engine: Engine, dbapi_connection: Any, _record: Any) -> None:
+    # What is prepared by a name is executed in a second step, which only a transaction keeps on the same server.
+    named = dbapi_connection._prepared_statement_name_func() != ""
+    setattr(engine, NEEDS_TRANSACTIONS, named and _is_pooled_elsewhere(dbapi_connection))
+
+
+def _is_pooled_elsewhere(dbapi_connection: Any) -> bool:
+    """Say whether a connection has been told to prepare nothing, as is done where a pooler gives it other sessions."""
+    if hasattr(dbapi_connection, "_prepared_statement_cache"):
+        return dbapi_connection._prepared_statement_cache is None
+    return dbapi_connection.driver_connection.prepare_threshold is None
+
+
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:
     """Have the server notice within 100 ms that a client went away in the middle of a query.
 
     Where no cancel request reaches it, a backend goes on to the end of its statement; psycopg's own is cancelled with
     the task that waits for it. PostgreSQL 14 and later can watch the socket.
     """
+    if _is_pooled_elsewhere(dbapi_connection):
+        return
     # Older servers do not know the setting, and not every platform lets a server watch a socket.
     with contextlib.suppress(Exception):
         dbapi_connection.run_async(_have_client_watched)
@@ -182,6 +286,33 @@ async def _have_client_watched(connection: Any) -> None:
         await connection.execute(setting)
     finally:
         await connection.set_autocommit(False)
+
+
+def _leave_server(failure: ExceptionContext) -> None:
+    """Have a connection replaced, and all as old as it, where its server is not the one that takes writes any more.
+
+    What stands at its address now may be. The error goes to whoever met it.
+    """
+    connection = failure.connection
+    if connection is None or connection.closed or connection.invalidated:
+        return
+    code = getattr(failure.original_exception, "sqlstate", None)
+    if code in _SHUTTING_DOWN or (code == _READ_ONLY and _is_demoted(connection.connection)):
+        failure.is_disconnect = True
+
+
+def _is_demoted(pooled: Any) -> bool:
+    """Say whether it is the server that takes no writes, and not this transaction alone that was begun READ ONLY."""
+    # Until another server is promoted, every write fails, and must not cost a connection each.
+    if time.time() - pooled._connection_record.starttime < _FAILOVER_PAUSE:
+        return False
+    driver = pooled.driver_connection
+    if hasattr(driver, "get_settings"):
+        settings = driver.get_settings()
+        told = [getattr(settings, name, None) for name in _READ_ONLY_SERVER]
+    else:
+        told = [driver.info.parameter_status(name) for name in _READ_ONLY_SERVER]
+    return "on" in told or None in told
 
 
 def _close_behind(dialect: Dialect, dbapi_connection: Any) -> None:

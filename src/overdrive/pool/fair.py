@@ -34,14 +34,14 @@ class Pooled:
     expires: when it is replaced.
     """
 
-    __slots__ = ("expires", "home", "idle_since", "resource", "taken_at")
+    __slots__ = ("alive_at", "expires", "home", "idle_since", "resource", "taken_at")
 
     def __init__(self, home: Fair, resource: Any, expires: float) -> None:
         self.home = home
         self.resource = resource
         self.expires = expires
-        #: When it was last taken, and when it came back.
-        self.taken_at = self.idle_since = 0.0
+        #: When it was last taken, when it came back, and when it last gave a sign of life.
+        self.taken_at = self.idle_since = self.alive_at = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ Answer = Pooled | Place | Refusal
 class Waiter:
     """Somebody in the queue.
 
-    deadline: when it gives up; later for everybody who asks later.
+    deadline: when it gives up.
     """
 
     __slots__ = ("answer", "deadline")
@@ -78,13 +78,15 @@ class Fair:
     overflow: connections opened beyond `size` under load.
     linger: seconds one of these stays open after its last use.
     max_waiting: how many may wait at once.
+    min_idle: connections that are to be idle, of `size` at most.
     """
 
-    def __init__(self, size: int, overflow: int, *, linger: float, max_waiting: int) -> None:
+    def __init__(self, size: int, overflow: int, *, linger: float, max_waiting: int, min_idle: int = 0) -> None:
         self.size = size
         self.cap = size + overflow
         self.linger = linger
         self.max_waiting = max_waiting
+        self.min_idle = min_idle
         #: The one used last is the next to be used, so that what is not needed ages.
         self.idle: list[Pooled] = []
         self.used = 0
@@ -168,12 +170,21 @@ class Fair:
 
     def give(self, connection: Pooled, now: float) -> None:
         """Take back a connection that is as good as before."""
-        connection.idle_since = now
+        connection.idle_since = connection.alive_at = now
         if self.waiters:
             self._answer(connection)
         else:
             self.used -= 1
             self.idle.append(connection)
+
+    def give_back_unused(self, connection: Pooled, now: float) -> None:
+        """Take back a connection that `silent` gave, and that has answered; it is no younger for it."""
+        connection.alive_at = now
+        if self.waiters:
+            self._answer(connection)
+        else:
+            self.used -= 1
+            self.idle.insert(0, connection)
 
     def free(self, now: float) -> None:
         """Take back the place of a connection in use that is closed, or counted among those closing."""
@@ -193,7 +204,8 @@ class Fair:
 
     def tick(self, now: float) -> list[Pooled]:
         """Do what is due; return idle connections to be closed, which count as in use until `free`."""
-        while self.waiters and next(iter(self.waiters)).deadline <= now:
+        for waiter in [each for each in self.waiters if each.deadline <= now]:
+            self.waiters.move_to_end(waiter, last=False)
             self._answer(Refusal(f"{self._all_in_use()}, and none came back in time", 1))
         self._serve(now)
         surplus = max(0, self.taken - self.closing - self.size)
@@ -206,11 +218,30 @@ class Fair:
         self.used += len(unneeded)
         return unneeded
 
+    def silent(self, now: float, seconds: float) -> Pooled | None:
+        """Return the idle connection that has given no sign of life for longest, and for `seconds` at least.
+
+        It counts as in use until `give_back_unused` or `free`. One at a time, so that there are others to be had.
+        """
+        if not self.idle or (silent := min(self.idle, key=_alive_at)).alive_at + seconds > now:
+            return None
+        self.idle.remove(silent)
+        self.used += 1
+        return silent
+
+    def refill(self, now: float) -> Place | None:
+        """Return a place to open a connection in that nobody waits for, where fewer than `min_idle` are idle."""
+        enough = len(self.idle) + self.connecting >= self.min_idle or self.taken >= self.size
+        if enough or not self._may_try(now):
+            return None
+        self.connecting += 1
+        return PLACE
+
     def due(self) -> float | None:
         """Return when somebody in the queue is to be answered at the latest; None where nobody waits."""
         if not self.waiters:
             return None
-        deadline = next(iter(self.waiters)).deadline
+        deadline = min(each.deadline for each in self.waiters)
         return min(deadline, self.retry_at) if self.backs_off else deadline
 
     @property
@@ -224,11 +255,14 @@ class Fair:
         if self.idle:
             self.used += 1
             return self.idle.pop()
-        # One at a time tries whether a database that refused the last one is back.
-        if self.taken < self.cap and (not self.failures or (not self.connecting and now >= self.retry_at)):
+        if self.taken < self.cap and self._may_try(now):
             self.connecting += 1
             return PLACE
         return None
+
+    def _may_try(self, now: float) -> bool:
+        """One at a time tries whether a database that refused the last one is back."""
+        return not self.failures or (not self.connecting and now >= self.retry_at)
 
     def _serve(self, now: float) -> None:
         while self.waiters and (something := self._take(now)) is not None:
@@ -251,3 +285,7 @@ class Fair:
             f"all {self.cap} connections of the pool are taken ({self.used} in use, {self.connecting} being opened, "
             f"{self.closing} being closed)"
         )
+
+
+def _alive_at(connection: Pooled) -> float:
+    return connection.alive_at

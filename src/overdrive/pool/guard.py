@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from anyio import CancelScope
 
 from overdrive.context import RequestContext
 
@@ -34,11 +37,18 @@ class SendGuard:
         self._context = context
         self._send = send
         self._failed = False
+        #: What would cancel the app, and whether its response has begun: from then on nothing does.
+        self.limits: CancelScope | None = None
+        self.has_begun = False
 
     async def send(self, message: Message) -> None:
         """Pass `message` on once the request's sessions have ended."""
         if self._failed:
             return
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            if self.limits is not None:
+                self.limits.deadline = math.inf
         if message["type"] == "http.response.start" and self._context.work:
             try:
                 for unit in self._context.work:

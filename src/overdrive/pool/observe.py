@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,8 @@ class CommitObserver(Protocol):
 
 #: Where an engine keeps its observation.
 _ATTRIBUTE = "overdrive_observation"
+#: Where an engine notes that its statements need a transaction each.
+NEEDS_TRANSACTIONS = "overdrive_needs_transactions"
 
 #: Observers whose `before` has been called, each with the token it returned.
 Announced = list[tuple[CommitObserver, Any]]
@@ -264,7 +267,10 @@ class Observation:
         transaction = _transaction_of(connection.info)
         if transaction.began:
             return
-        plain = facts.plain and not _streams(context)
+        request = current()
+        deadline = None if request is None or self.engine.dialect.name != "postgresql" else request.deadline
+        # Nobody can cancel what waits in a thread: there the server ends it, which takes a transaction.
+        plain = facts.plain and not _streams(context) and (deadline is None or self.engine.dialect.is_async)
         if self.reads_need_no_transaction(connection.get_execution_options()):
             dbapi_connection: Any = connection.connection.dbapi_connection
             if transaction.relaxed != plain:
@@ -273,6 +279,8 @@ class Observation:
         else:
             # SQLite begins by itself before the first write, and reads outside a transaction.
             transaction.began = not (plain and self.engine.dialect.name == "sqlite")
+        if transaction.began and deadline is not None:
+            _limit(connection, deadline - time.monotonic())
 
     def reads_need_no_transaction(self, options: Mapping[str, Any]) -> bool:
         """Say whether a plain SELECT means the same outside a transaction, under these execution options."""
@@ -283,6 +291,7 @@ class Observation:
             and getattr(dialect, "default_isolation_level", None) == "READ COMMITTED"
             and getattr(dialect, "_on_connect_isolation_level", "unknown") in (None, "READ COMMITTED")
             and options.get("isolation_level") in (None, "READ COMMITTED")
+            and not getattr(self.engine, NEEDS_TRANSACTIONS, False)
         )
 
     def _is_autocommit(self, connection: Connection) -> bool:
@@ -457,6 +466,13 @@ def _count_of(cursor: Any) -> int:
     # SQLite does not count what a SELECT returns, but SQLAlchemy's asynchronous cursors have fetched it all.
     fetched = getattr(cursor, "_rows", None) if cursor.rowcount < 0 and cursor.description else None
     return cursor.rowcount if fetched is None else len(fetched)
+
+
+def _limit(connection: Connection, seconds: float) -> None:
+    """Have the server end each statement of this transaction that takes longer."""
+    cursor = connection.connection.cursor()
+    cursor.execute(f"SET LOCAL statement_timeout = {max(1, math.ceil(seconds * 1000))}")
+    cursor.close()
 
 
 def _streams(context: ExecutionContext) -> bool:

@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import await_only, greenlet_spawn
 from sqlalchemy.util.concurrency import in_greenlet
 
+from overdrive.context import current
 from overdrive.errors import ConfigurationError, OverloadedError
 from overdrive.instrumentation.numbers import Histogram
 
@@ -141,7 +142,10 @@ class FairPool(Pool):
     timeout: seconds a checkout waits, for a connection or for one to be opened (`pool_timeout` of an engine).
     max_waiting: how many checkouts may wait at once; left out, ten for each connection, and a hundred at least.
     linger: seconds a connection beyond `pool_size` stays open after its last use.
-    validate_after: seconds of idleness after which a connection is asked for an answer before it is used.
+    validate_after: seconds of idleness after which a connection is asked for an answer: behind the scenes, so that no
+        firewall forgets it, and else before it is used. Threads have nobody to do the former.
+    min_idle: connections that are to be idle, opened before anybody asks, as long as there are no more than
+        `pool_size`; not for threads.
     leak_after: seconds after which whoever still has a connection is named in a WARNING, with the route and the place
         in the code where it was taken; None for never.
     recycle: seconds a connection lives, less up to a tenth, so that not all are replaced at once; -1 for ever
@@ -160,6 +164,7 @@ class FairPool(Pool):
         linger: float = 10.0,
         validate_after: float = 30.0,
         leak_after: float | None = None,
+        min_idle: int = 0,
         **options: Any,
     ) -> None:
         if max_waiting is not None and max_waiting < 0:
@@ -169,6 +174,8 @@ class FairPool(Pool):
                 "a FairPool needs pool_size >= 1, max_overflow >= 0, timeout > 0, linger >= 0 and validate_after >= 0; "
                 f"got {pool_size}, {max_overflow}, {timeout}, {linger} and {validate_after}"
             )
+        if not 0 <= min_idle <= pool_size:
+            raise ConfigurationError(f"a FairPool needs min_idle from 0 to pool_size, {pool_size}; got {min_idle}")
         super().__init__(creator, **options)
         self._options: dict[str, Any] = {
             "pool_size": pool_size,
@@ -178,6 +185,7 @@ class FairPool(Pool):
             "linger": linger,
             "validate_after": validate_after,
             "leak_after": leak_after,
+            "min_idle": min_idle,
         }
         self._timeout = timeout
         self._validate_after = validate_after
@@ -202,7 +210,8 @@ class FairPool(Pool):
         max_waiting = self._options["max_waiting"]
         if max_waiting is None:
             max_waiting = max(100, 10 * (size + overflow))
-        return Fair(size, overflow, linger=self._options["linger"], max_waiting=max_waiting)
+        linger, min_idle = self._options["linger"], self._options["min_idle"]
+        return Fair(size, overflow, linger=linger, max_waiting=max_waiting, min_idle=min_idle)
 
     # What SQLAlchemy's pools say of themselves
 
@@ -292,6 +301,8 @@ class FairPool(Pool):
     def _get(self, got: Pooled | Place | None, now: float) -> Pooled:
         """Get a connection with whatever that needs: waiting, opening, validating, and all of it again."""
         deadline = now + self._timeout
+        if (context := current()) is not None and context.deadline is not None:
+            deadline = min(deadline, context.deadline)
         # What one was given was of no use: the next is one's own before everybody else's.
         first = False
         while True:
@@ -399,7 +410,7 @@ class FairPool(Pool):
         return pooled.expires <= now or bool(pooled.resource._is_hard_or_soft_invalidated())
 
     def _is_doubtful(self, pooled: Pooled, now: float) -> bool:
-        return now - pooled.idle_since > self._validate_after
+        return now - pooled.alive_at > self._validate_after
 
     def _answers(self, pooled: Pooled) -> bool:
         record = pooled.resource
@@ -467,6 +478,29 @@ class FairPool(Pool):
         with self._lock:
             self._fair.closed(time.monotonic())
 
+    # Behind the scenes
+
+    def _maintain(self, now: float) -> None:
+        """Ask a connection for an answer and open one ahead of need, one of each at a time: others are to be had."""
+        with self._lock:
+            silent = self._fair.silent(now, self._validate_after)
+            place = self._fair.refill(now)
+        if silent is not None:
+            start(greenlet_spawn(self._check, silent))
+        if place is not None:
+            start(greenlet_spawn(self._open_ahead))
+
+    def _check(self, pooled: Pooled) -> None:
+        if self._is_over(pooled, time.monotonic()) or not self._answers(pooled) or self._disposed:
+            self._discard(pooled)
+            return
+        with self._lock:
+            pooled.home.give_back_unused(pooled, time.monotonic())
+
+    def _open_ahead(self) -> None:
+        with suppress(Exception):  # it is noted, and tried again
+            self._do_return_conn(self._connect().resource)
+
     # Time
 
     def _note_due(self) -> None:
@@ -501,6 +535,8 @@ class FairPool(Pool):
             self._tick_at = now + _TICK
         elif self._timer is not None:
             self._timer, self._tick_at = None, 0.0
+            if not self._disposed:
+                self._maintain(now)
             if self._fair.taken or self._fair.waiters:
                 self._note_due()
 
