@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .endpoint import get_session_factory as get_session_factory
     from .endpoint import get_sync_session as get_sync_session
     from .endpoint import get_sync_session_factory as get_sync_session_factory
+    from .endpoint import priority as priority
     from .errors import ConfigurationError as ConfigurationError
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
@@ -73,6 +74,7 @@ _MODULES = {
         "get_session_factory",
         "get_sync_session",
         "get_sync_session_factory",
+        "priority",
     ),
     "errors": (
         "ConfigurationError",

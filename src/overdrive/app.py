@@ -11,10 +11,11 @@ from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
-from sqlalchemy import Engine
+from sqlalchemy import Engine, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from .admission.gate import Admission
 from .cache.cache import Cache
 from .cache.store import MemoryStore, Store, bytes_of_process
 from .config import CacheSettings, Settings
@@ -22,8 +23,9 @@ from .errors import ConfigurationError
 from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
-from .pool.engine import create_engine, create_sync_engine, prepare
+from .pool.engine import capacity_of, create_engine, create_sync_engine, prepare
 from .pool.observe import Observation, observe
+from .pool.pool import FairPool
 from .pool.session import Sessions, SyncSessions
 
 
@@ -72,6 +74,7 @@ class Overdrive:
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
         self.cache = _cache(self.settings, cache)
+        self.admission = Admission(self.settings.admission.max_wait)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
@@ -118,7 +121,11 @@ class Overdrive:
     def _observe(self, engine: Engine, name: str, *, prepared: bool = False) -> None:
         if not prepared:
             prepare(engine)
-        self._observations.append(observe(engine, name, self.cache.invalidator))
+        observation = observe(engine, name, self.cache.invalidator)
+        pool = engine.pool
+        if (capacity := capacity_of(pool)) is not None and isinstance(pool, FairPool | QueuePool):
+            observation.admission = self.admission.gate(name, pool.size(), capacity)
+        self._observations.append(observation)
 
     # Sessions
 
@@ -172,6 +179,7 @@ class Overdrive:
         if self._loop is not None and self._loop.is_closed():
             for engine in self.engines.values():
                 engine.sync_engine.dispose(close=False)
+            self.admission.reset()
         self._loop = loop
         for observation in self._observations:
             observation.loop = loop

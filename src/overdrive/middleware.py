@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import RequestContext, current, serving
+from .errors import OverloadedError
 from .instrumentation.events import RequestEvent, listening, publish
 from .log.logger import bind_event, let_event_go, log_event
 from .log.tail import end_tails
@@ -144,7 +145,7 @@ class Observer:
             try:
                 await app(scope, receive, observed)
                 if context.status is not None and context.status >= 500:
-                    context.outcome = "error"
+                    context.outcome = "error" if context.refused is None else "shed"
                 elif not complete and scope["type"] == "http":
                     context.outcome = "disconnected"
             except asyncio.CancelledError:
@@ -192,6 +193,8 @@ def _is_kept(context: RequestContext, share: float) -> bool:
 def _server_timing(context: RequestContext, elapsed: float) -> bytes:
     """Return where the time went: https://www.w3.org/TR/server-timing/, in milliseconds."""
     parts = [f"total;dur={elapsed * 1000:.1f}"]
+    if context.admission_wait:
+        parts.append(f"queue;dur={context.admission_wait * 1000:.1f}")
     if context.statements:
         parts.append(f'db;dur={context.database_time * 1000:.1f};desc="{context.statements} statements"')
         parts.append(f"pool;dur={context.pool_wait * 1000:.1f}")
@@ -250,7 +253,7 @@ class RequestPath:
             return
         # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
         # looked for here.
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path_of(scope)
         if scope["type"] == "http" and scope["method"] == "HEAD" and self._installation.has_head_of_get(path):
             # A copy, as the server looks at its own for the method.
             scope, send = {**scope, "method": "GET", "extensions": {}}, _without_body(send)
@@ -278,6 +281,12 @@ class RequestPath:
                 _tell_route(scope, known)
                 await exchange.answer(send)
                 return
+        visit = self._installation.visit(context, scope, receive)
+        if visit is not None:
+            receive = visit.receive
+            if (refused := self._installation.refused(visit, _path_of(scope))) is not None:
+                await self._refuse(refused, context.exchange, scope, receive, send)
+                return
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
@@ -293,12 +302,25 @@ class RequestPath:
                 raise
         finally:
             await guard.abandon()
+            if visit is not None:
+                self._installation.over(visit)
             if context.exchange is not None:
                 context.exchange.leave()
         if failure is None:
             return
         if context.exchange is None or not await context.exchange.stand_in(500, failure, send):
             await _answer(failure, scope, receive, send)
+
+    async def _refuse(
+        self, error: OverloadedError, exchange: Exchange | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request that is not begun, by what stands in for its response, or by putting it off."""
+        try:
+            if exchange is None or not await exchange.stand_in(error.status, error, send):
+                await _answer(error, scope, receive, send)
+        finally:
+            if exchange is not None:
+                exchange.leave()
 
     def _refresh(self, exchange: Exchange, scope: Scope) -> None:
         """Have the response that was served, and has expired, made anew."""
@@ -326,6 +348,11 @@ class RequestPath:
         with serving(context):
             await self._serve(context, scope, _client_with(body), told)
         return context.status
+
+
+def _path_of(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _client_with(body: bytes) -> Receive:

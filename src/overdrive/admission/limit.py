@@ -1,10 +1,11 @@
 """How many requests may have a connection at once, and who is next; without I/O, clock, locks or randomness.
 
-A request is admitted once, before its first connection, so that no work is thrown away that was begun. The limit follows
-what its statements take in the database, without any waiting. The queue in front of it is served in order; once more
-come than can be answered for longer than a moment, the newest is next, as the oldest has the least patience left
-(Maurer, "Fail at Scale", ACM Queue 13(8), 2015: adaptive LIFO; Nichols and Jacobson, "Controlling Queue Delay", ACM
-Queue 10(5), 2012: a queue is good while it empties, and a delay that stands is of no use to anybody).
+A request is admitted once, before its first connection, so that nothing is thrown away that was begun. The limit
+follows what statements take in the database, without any waiting. The queue in front of it is served in order. Once
+more come than can be answered for longer than a moment, it becomes short, and where even then somebody waits for longer
+than was to be foreseen, the newest is next, as the oldest has the least patience left. This is what Maurer, "Fail at
+Scale", ACM Queue 13(8), 2015, calls adaptive LIFO; that a queue is good while it empties, and a delay that stands is of
+no use to anybody, is from Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 10(5), 2012.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Limit:
     """How many may be at work at once, learned from the times they take: the AIMD of TCP, with a cut by the gradient.
 
     The gradient is that of Netflix's concurrency-limits (https://github.com/Netflix/concurrency-limits): what
-    statements take alone over what they take now. Its baseline does not drift: up it goes only while no more than `least`
-    are at work, when nobody of ours is in anybody's way.
+    statements take alone over what they take now. Its baseline does not drift: it goes up only while no more than
+    `least` are at work, when nobody of ours is in anybody's way.
 
     least, most: its bounds. It begins with the upper one, as nothing is known against that.
     """
@@ -226,16 +227,21 @@ class Queue:
 
     # Going
 
-    def leave(self, waiter: Waiter, now: float) -> None:
+    def leave(self, waiter: Waiter, now: float) -> Refusal:
         """Take somebody out of the queue whose client does not wait, and give on what it was given meanwhile."""
         self.refused["left"] += 1
         if waiter in self._waiting[waiter.priority]:
             del self._waiting[waiter.priority][waiter]
             self._look(now)
         elif waiter.answer is True:
-            self.admitted -= 1
-            self.at_work -= 1
-            self._serve(now)
+            self.forgo(now)
+        return Refusal("left")
+
+    def forgo(self, now: float) -> None:
+        """Note that somebody who was admitted has no need of it."""
+        self.admitted -= 1
+        self.at_work -= 1
+        self._serve(now)
 
     def done(self, took: float, now: float) -> None:
         """Note that one of those at work is done.
@@ -289,7 +295,7 @@ class Queue:
         waiter.wake()
 
     def _look(self, now: float) -> None:
-        """Find out whether the storm is over: the queue has emptied, or, before a delay stands, has gone down by half."""
+        """Find out whether it is over: the queue has emptied, or, before a delay stands, has gone down by half."""
         if self.stands:
             if not len(self):
                 self.stands, self._refusing_since = False, None
