@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .errors import RequestError as RequestError
     from .errors import SessionEndedError as SessionEndedError
     from .export import stream as stream
+    from .health import health_router as health_router
     from .listing import Listing as Listing
     from .log.handler import LogHandler as LogHandler
     from .log.logger import log_directly as log_directly
@@ -88,6 +89,7 @@ _MODULES = {
         "SessionEndedError",
     ),
     "export": ("stream",),
+    "health": ("health_router",),
     "listing": ("Listing",),
     "log.handler": ("LogHandler",),
     "log.logger": ("log_directly",),

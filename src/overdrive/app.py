@@ -20,6 +20,7 @@ from .cache.cache import Cache
 from .cache.store import MemoryStore, Store, bytes_of_process
 from .config import CacheSettings, Settings
 from .errors import ConfigurationError
+from .health import Readiness
 from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
@@ -101,6 +102,7 @@ class Overdrive:
             self._observe(sync_engine, "default")
             self._sync_sessions["default"] = SyncSessions.of(sync_engine, self._sync_session_class)
 
+        self.readiness = Readiness(self.engine, self.settings.admission)
         self.installation = Installation.of(app)
         self.installation.serve(self)
 

@@ -254,6 +254,16 @@ class Installation:
         built = getattr(self._build_stack, "__func__", None)
         return built is FastAPI.build_middleware_stack and all(cast(Any, each.cls) is RequestPath for each in own)
 
+    def heard(self, message: str) -> None:
+        """Note that the server starts up or shuts down, by the type of its message."""
+        if self.runtime is not None:
+            self.runtime.readiness.state = "starting" if message == "lifespan.startup" else "draining"
+
+    def started(self) -> None:
+        """Note that the app has started up."""
+        if self.runtime is not None:
+            self.runtime.readiness.begin()
+
     async def shut_down(self) -> None:
         """Give back what the runtime holds."""
         if self.runtime is not None:

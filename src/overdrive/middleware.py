@@ -104,11 +104,17 @@ class Observer:
         async def told(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self._installation.install()
+                self._installation.started()
             elif message["type"] == "lifespan.shutdown.complete":
                 await self._installation.shut_down()
             await send(message)
 
-        await self.app(scope, receive, told)
+        async def heard() -> Message:
+            message = await receive()
+            self._installation.heard(message["type"])
+            return message
+
+        await self.app(scope, heard, told)
 
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation

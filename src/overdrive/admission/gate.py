@@ -155,8 +155,8 @@ class Gate:
     """
 
     def __init__(self, size: int, capacity: int, max_wait: float) -> None:
-        # With half of its connections no service lies still, and hardly any statement waits for another.
-        self._bounds = (size + 1) // 2, capacity
+        # What a team keeps open is no burst, and is not taken away: what is learned is how many more are of use.
+        self._bounds = max(1, min(size, capacity)), capacity
         self._max_wait = max_wait
         self.reset()
 
