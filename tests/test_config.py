@@ -62,6 +62,7 @@ def test_defaults() -> None:
             "server_timing": False,
         },
         "pagination": {"size": 50, "max_size": 100, "max_offset": 1_000_000, "link_header": True, "secrets": ()},
+        "admission": {"enabled": True, "max_wait": 1, "drain": 0, "away_after": 5},
     }
 
 
