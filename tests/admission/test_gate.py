@@ -29,6 +29,7 @@ from overdrive import (
     health_router,
     priority,
 )
+from overdrive.admission.limit import Refusal
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.testing import caching
 
@@ -222,6 +223,25 @@ async def test_sure_refusals_do_not_reach_their_route(served: Make) -> None:
     assert sum(answer.status_code == 200 for answer in answers) > 20
 
 
+async def test_what_was_begun_is_not_refused(served: Make) -> None:
+    app, _ = served()
+    begun = []
+
+    @app.get("/steps")
+    async def steps(sessions: SessionFactoryDep) -> str:
+        for _ in range(3):
+            async with sessions() as db:
+                await db.execute(select(SLEEP))
+            begun.append(1)
+        return "done"
+
+    async with client(app) as http:
+        answers = await storm(http, ["/steps"], 0.6, 0.01)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503}
+    assert len(begun) == 3 * statuses[200]
+
+
 @pytest.mark.parametrize("path", ["/slow", "/twice", "/both", "/plain", "/stream"])
 async def test_few_at_once_are_all_answered_whatever_they_are(served: Make, path: str) -> None:
     app, overdrive = served(max_wait=5)
@@ -342,11 +362,37 @@ async def test_expired_copy_is_served_where_the_route_allows_it_and_made_anew(se
                 said = Counter(answer.headers["cache-status"] for answer in kept_answers)
                 assert said["overdrive; hit; ttl=-5; detail=overloaded"] > 0
                 assert 503 in {answer.status_code for answer in answers if "slow" in answer.url.path}
-                # When it is over they are made anew, each by one request.
                 await eventually(lambda: is_calm(overdrive))
-                for number in range(8):
-                    answer = await http.get(f"/kept/{number}")
-                    assert "overloaded" not in answer.headers["cache-status"]
+
+
+async def test_what_is_sent_in_place_of_a_refusal_is_made_anew_behind_its_client(
+    served: Make, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, overdrive = served()
+    made = []
+
+    @app.get("/kept")
+    @cached(ttl=10, stale_if_error=600)
+    async def kept(db: SessionDep) -> list[str]:
+        made.append(1)
+        return list(await db.scalars(select(Item.name)))
+
+    with tables(postgres_url), caching(overdrive) as clock:
+        async with client(app) as http:
+            await http.get("/kept")
+            (gate,) = overdrive.admission._gates["default"]
+            overdrive.admission._needs = dict.fromkeys(overdrive.admission._needs, (gate, 1.0))
+            refusals = [None, Refusal("wait")]
+            gate.queue.stands = True
+            monkeypatch.setattr(gate.queue, "refuse", lambda *_: refusals.pop() if refusals else None)
+            clock.tick(15)
+            answer = await http.get("/kept")
+            assert answer.headers["cache-status"] == "overdrive; hit; ttl=-5; detail=overloaded"
+            await eventually(lambda: len(made) == 2)
+            assert not refusals
+            await eventually(lambda: is_calm(overdrive))
+            assert (await http.get("/kept")).headers["cache-status"] == "overdrive; hit; ttl=10"
+            assert len(made) == 2
 
 
 def test_priority_takes_one_of_three_levels() -> None:
