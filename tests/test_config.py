@@ -78,6 +78,7 @@ def test_defaults() -> None:
             "link_header": True,
             "secrets": (),
         },
+        "admission": {"enabled": True, "max_wait": 1, "drain": 0, "away_after": 5},
     }
 
 

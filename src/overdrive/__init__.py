@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .endpoint import get_session_factory as get_session_factory
     from .endpoint import get_sync_session as get_sync_session
     from .endpoint import get_sync_session_factory as get_sync_session_factory
+    from .endpoint import priority as priority
     from .errors import ConfigurationError as ConfigurationError
     from .errors import DeadlineExceededError as DeadlineExceededError
     from .errors import InvalidCursorError as InvalidCursorError
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .errors import RequestError as RequestError
     from .errors import SessionEndedError as SessionEndedError
     from .export import stream as stream
+    from .health import health_router as health_router
     from .listing import Listing as Listing
     from .log.handler import LogHandler as LogHandler
     from .log.logger import log_directly as log_directly
@@ -74,6 +76,7 @@ _MODULES = {
         "get_session_factory",
         "get_sync_session",
         "get_sync_session_factory",
+        "priority",
     ),
     "errors": (
         "ConfigurationError",
@@ -88,6 +91,7 @@ _MODULES = {
         "SessionEndedError",
     ),
     "export": ("stream",),
+    "health": ("health_router",),
     "listing": ("Listing",),
     "log.handler": ("LogHandler",),
     "log.logger": ("log_directly",),

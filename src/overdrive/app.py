@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
+from .admission.gate import Admission
 from .cache.alone import LoneStore
 from .cache.cache import Cache
 from .cache.store import Store, bytes_of_process
 from .config import CacheSettings, Settings
 from .errors import ConfigurationError
+from .health import Readiness
 from .installer import Installation
 from .log.handler import LogHandler
 from .log.logger import BindingLogger
 from .metrics import Exporter, Reading, instrument, of_cache, of_log, of_pages, of_pool, of_source
-from .pool.engine import create_engine, create_sync_engine, password_of, prepare
+from .pool.engine import capacity_of, create_engine, create_sync_engine, password_of, prepare
 from .pool.observe import Observation, observe
+from .pool.pool import FairPool
 from .pool.session import Sessions, SyncSessions
 
 if TYPE_CHECKING:
@@ -76,8 +79,9 @@ class Overdrive:
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
+        self.admission = Admission(self.settings.admission.max_wait)
         #: Further parts whose numbers are exported: by their names, or of several things by the name of each.
-        self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {"admission": self.admission.statistics}
         self._exporter: Exporter | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
@@ -106,6 +110,7 @@ class Overdrive:
             self._observe(sync_engine, "default")
             self._sync_sessions["default"] = SyncSessions.of(sync_engine, self._sync_session_class)
 
+        self.readiness = Readiness(self.engine, self.settings.admission)
         self.installation = Installation.of(app)
         self.installation.serve(self)
 
@@ -134,6 +139,9 @@ class Overdrive:
         if self._loop is not None:
             # It is made while the app serves, so `enter_loop` was too early for it.
             observation.loop = self._loop
+        pool = engine.pool
+        if (capacity := capacity_of(pool)) is not None and isinstance(pool, FairPool | QueuePool):
+            observation.admission = self.admission.gate(name, pool.size(), capacity)
         self._observations.append(observation)
 
     # Sessions
@@ -189,6 +197,7 @@ class Overdrive:
         if self._loop is not None and self._loop.is_closed():
             for engine in self.engines.values():
                 engine.sync_engine.dispose(close=False)
+            self.admission.reset()
         self._loop = loop
         for observation in self._observations:
             observation.loop = loop

@@ -199,6 +199,25 @@ class PaginationSettings(BaseModel):
         return self
 
 
+class AdmissionSettings(BaseModel):
+    """What becomes of requests when more come than the database can answer.
+
+    enabled: on or off.
+    max_wait: seconds from when a request needs its first connection until it would be answered; one that would take
+        longer is refused at once. Some less than clients wait. A burst of more than that is refused, too.
+    drain: seconds in which requests are still answered after SIGTERM, while `/ready` answers 503 already: as long as
+        whoever sends requests here takes to hear of it. For servers that, as uvicorn, handle the signal in Python.
+    away_after: seconds for which the database must have refused before `/ready` answers 503.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = True
+    max_wait: float = Field(1, gt=0)
+    drain: float = Field(0, ge=0)
+    away_after: float = Field(5, ge=0)
+
+
 class Settings(BaseSettings):
     """Everything Overdrive can be told.
 
@@ -215,6 +234,7 @@ class Settings(BaseSettings):
     cache: CacheSettings = CacheSettings()
     log: LogSettings = LogSettings()
     pagination: PaginationSettings = PaginationSettings()
+    admission: AdmissionSettings = AdmissionSettings()
 
     @classmethod
     def load(cls, **values: Any) -> Settings:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol
 
-Outcome = Literal["ok", "error", "cancelled", "disconnected"]
+#: `shed`: refused, as there was too much to do.
+Outcome = Literal["ok", "error", "cancelled", "disconnected", "shed"]
 
 
 class UnitOfWork(Protocol):
@@ -54,6 +55,7 @@ class RequestContext:
     """
 
     __slots__ = (
+        "admission_wait",
         "bytes_sent",
         "cache_status",
         "cursor_keys",
@@ -73,6 +75,7 @@ class RequestContext:
         "query",
         "reads",
         "refreshing",
+        "refused",
         "repeats",
         "request_id",
         "response",
@@ -85,6 +88,7 @@ class RequestContext:
         "tails",
         "tenant",
         "trace_id",
+        "visit",
         "work",
         "wrote",
     )
@@ -122,6 +126,9 @@ class RequestContext:
         self.response: Any = None
         #: The page parameters the client sent, where the route declares a page.
         self.page: Any = None
+        #: The request as admission sees it, where it takes part; and why it was not admitted to a database.
+        self.visit: Any = None
+        self.refused: str | None = None
         self.reads = Reads()
         #: The cache's write clock when the request came in, and the request's passage through the cache.
         self.instant: Any = None
@@ -144,6 +151,7 @@ class RequestContext:
         self.duration = 0.0
         self.bytes_sent = 0
         self.cache_status: str | None = None
+        self.admission_wait = 0.0
         self.pool_wait = 0.0
         self.statements = 0
         self.database_time = 0.0

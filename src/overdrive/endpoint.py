@@ -14,10 +14,13 @@ from fastapi import Depends, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from .admission.gate import PRIORITY
+from .admission.limit import PRIORITIES, Priority
 from .cache.tags import tags_of
 from .cache.trust import Mode
 from .context import RequestContext, current
 from .errors import ConfigurationError, NotInstalledError
+from .pool.observe import observation_of
 from .pool.session import (
     AsyncWork,
     CommitOn,
@@ -73,13 +76,30 @@ class SyncRequestSession:
         """Return the session; it takes a connection with its first statement."""
         context = _request("a session", "sessions: SyncSessionFactoryDep")
         sessions: SyncSessions = context.runtime.sync_sessions(self.engine)
+        let_go = await _admitted(sessions, context)
         asked = time.perf_counter()
-        leave = await sessions.admitted()
+        try:
+            leave = await sessions.admitted()
+        except BaseException:
+            let_go()
+            raise
         context.pool_wait += time.perf_counter() - asked
-        work = SyncWork(sessions.open(), self.commit_on, leave)
+
+        def end() -> None:
+            leave()
+            let_go()
+
+        work = SyncWork(sessions.open(), self.commit_on, end)
         context.work.append(work)
         context.response = response
         return work.session
+
+
+async def _admitted(sessions: SyncSessions, context: RequestContext) -> Callable[[], None]:
+    observation = observation_of(sessions.engine)
+    if context.visit is None or observation is None or observation.admission is None:
+        return lambda: None
+    return observation.admission.enter(context.visit) or await observation.admission.wait(context.visit)
 
 
 class SessionFactory:
@@ -147,6 +167,28 @@ def _request(what: str, instead: str) -> RequestContext:
             "each unit of work"
         )
     return context
+
+
+# Admission
+
+
+def priority(level: Priority) -> Callable[[F], F]:
+    """Say which requests are answered first when more come than the database can answer.
+
+    level: "high" for what must be answered even then, and is little, a login or a check of health say: it is next,
+        whatever else waits. "low" for what others are rather answered than: it is refused first. All else is "normal".
+
+    It marks the endpoint and returns it unchanged, so it may stand above or below the route's decorator. Raises
+    `ConfigurationError` for any other level.
+    """
+    if level not in PRIORITIES:
+        raise ConfigurationError(f'@priority takes "high", "normal" or "low", not {level!r}')
+
+    def mark(function: F) -> F:
+        setattr(function, PRIORITY, level)
+        return function
+
+    return mark
 
 
 # The cache

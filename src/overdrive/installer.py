@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from multiprocessing import parent_process
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -23,6 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import compile_path
 
+from .admission.gate import Visit
 from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
@@ -58,6 +59,16 @@ logger = logging.getLogger("overdrive")
 _LOOK_INTERVAL = 1.0
 
 
+class Served(NamedTuple):
+    """A route, as it is found by a request's address and method."""
+
+    template: str
+    addresses: re.Pattern[str]
+    methods: frozenset[str]
+    is_cached: bool
+    endpoint: Any
+
+
 class Installation:
     """Overdrive on one app. Everything is in place before the app's first request is served.
 
@@ -85,9 +96,9 @@ class Installation:
         self.plans: dict[int, KeyPlan | str] = {}
         #: By the id of an endpoint: it need not be hashable.
         self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
-        #: The ids of the dependants of cached routes; and all routes in their order: addresses, methods, is it cached.
+        #: The ids of the dependants of cached routes; and all routes in their order.
         self._cached: set[int] = set()
-        self._served: list[tuple[re.Pattern[str], frozenset[str], bool]] = []
+        self._served: list[Served] = []
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
         app.build_middleware_stack = self._stack  # type: ignore[method-assign]
@@ -200,9 +211,40 @@ class Installation:
         """
         if not self._cached:
             return False
-        served = [(methods, cached) for pattern, methods, cached in self._served if pattern.fullmatch(path)]
-        by_get = [cached for methods, cached in served if "GET" in methods]
-        return by_get[:1] == [True] and not any("HEAD" in methods for methods, _ in served)
+        served = [route for route in self._served if route.addresses.fullmatch(path)]
+        by_get = [route.is_cached for route in served if "GET" in route.methods]
+        return by_get[:1] == [True] and not any("HEAD" in route.methods for route in served)
+
+    def visit(self, context: RequestContext, scope: Any, receive: Any) -> Visit | None:
+        """Return the request as admission sees it, where that is on."""
+        runtime = self.runtime
+        if runtime is None or not runtime.settings.admission.enabled:
+            return None
+        visit = context.visit = Visit(context, scope, receive)
+        return visit
+
+    def over(self, visit: Visit) -> None:
+        """Note that a request was run to its end."""
+        assert self.runtime is not None
+        visit.end()
+        self.runtime.admission.learn(visit)
+
+    def refused(self, visit: Visit, path: str) -> OverloadedError | None:
+        """Refuse a request before its route is asked, where it is sure to be refused by its database.
+
+        path: what was asked for, without the scope's root path.
+        """
+        assert self.runtime is not None
+        if not self.runtime.admission.refuses:
+            return None
+        context = visit.context
+        found = [route for route in self._served if context.method in route.methods and route.addresses.fullmatch(path)]
+        # What is cached behind its dependencies may be a hit.
+        if not found or (found[0].is_cached and context.exchange is None):
+            return None
+        if (error := self.runtime.admission.refuse(visit, found[0].endpoint)) is not None:
+            context.route = found[0].template
+        return error
 
     @property
     def cache(self) -> Cache:
@@ -216,6 +258,16 @@ class Installation:
         own = self.app.user_middleware
         built = getattr(self._build_stack, "__func__", None)
         return built is FastAPI.build_middleware_stack and all(cast(Any, each.cls) is RequestPath for each in own)
+
+    def heard(self, message: str) -> None:
+        """Note that the server starts up or shuts down, by the type of its message."""
+        if self.runtime is not None:
+            self.runtime.readiness.state = "starting" if message == "lifespan.startup" else "draining"
+
+    def started(self) -> None:
+        """Note that the app has started up."""
+        if self.runtime is not None:
+            self.runtime.readiness.begin()
 
     async def shut_down(self) -> None:
         """Give back what the runtime holds."""
@@ -241,10 +293,12 @@ class Installation:
             self._prepared[id(site.route.dependant)] = site.route.dependant
             self._prepare(site)
         self._served = [
-            (
+            Served(
+                site.template,
                 compile_path(site.template)[0],
                 frozenset(site.route.methods or ()),
                 id(site.route.dependant) in self._cached,
+                site.route.endpoint,
             )
             for site in every
         ]

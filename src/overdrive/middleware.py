@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .cache.entry import Entry
 from .cache.exchange import Exchange, replayed, wishes_of
 from .context import Outcome, RequestContext, current, serving
-from .errors import DeadlineExceededError
+from .errors import DeadlineExceededError, OverloadedError
 from .instrumentation.events import RequestEvent, listening, publish
 from .instrumentation.repeats import Repeats, Repetition
 from .log.logger import bind_event, let_event_go, log_event
@@ -135,11 +135,17 @@ class Observer:
         async def told(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self._installation.install()
+                self._installation.started()
             elif message["type"] == "lifespan.shutdown.complete":
                 await self._installation.shut_down()
             await send(message)
 
-        await self.app(scope, receive, told)
+        async def heard() -> Message:
+            message = await receive()
+            self._installation.heard(message["type"])
+            return message
+
+        await self.app(scope, heard, told)
 
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation
@@ -176,7 +182,7 @@ class Observer:
             try:
                 await app(scope, receive, observed)
                 if context.status is not None and context.status >= 500:
-                    context.outcome = "error"
+                    context.outcome = "error" if context.refused is None else "shed"
                 elif not complete and scope["type"] == "http":
                     context.outcome = "disconnected"
             except BaseException as error:
@@ -251,6 +257,8 @@ def _warn(context: RequestContext, worst: Repetition) -> None:
 def _server_timing(context: RequestContext, elapsed: float) -> bytes:
     """Return where the time went: https://www.w3.org/TR/server-timing/, in milliseconds."""
     parts = [f"total;dur={elapsed * 1000:.1f}"]
+    if context.admission_wait:
+        parts.append(f"queue;dur={context.admission_wait * 1000:.1f}")
     if context.statements:
         parts.append(f'db;dur={context.database_time * 1000:.1f};desc="{context.statements} statements"')
         parts.append(f"pool;dur={context.pool_wait * 1000:.1f}")
@@ -321,7 +329,7 @@ class RequestPath:
             return
         # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
         # looked for here.
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path_of(scope)
         if scope["type"] == "http" and scope["method"] == "HEAD" and self._installation.has_head_of_get(path):
             # A copy, as the server looks at its own for the method.
             scope, send = {**scope, "method": "GET", "extensions": {}}, _without_body(send)
@@ -349,6 +357,12 @@ class RequestPath:
                 _tell_route(scope, known)
                 await exchange.answer(send)
                 return
+        visit = self._installation.visit(context, scope, receive)
+        if visit is not None:
+            receive = visit.receive
+            if (refused := self._installation.refused(visit, _path_of(scope))) is not None:
+                await self._refuse(refused, context.exchange, scope, receive, send)
+                return
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
@@ -366,12 +380,25 @@ class RequestPath:
                 raise
         finally:
             await guard.abandon()
+            if visit is not None:
+                self._installation.over(visit)
             if context.exchange is not None:
                 context.exchange.leave()
         if failure is None:
             return
         if context.exchange is None or not await context.exchange.stand_in(500, failure, send):
             await _answer(failure, scope, receive, send)
+
+    async def _refuse(
+        self, error: OverloadedError, exchange: Exchange | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer a request that is not begun, by what stands in for its response, or by putting it off."""
+        try:
+            if exchange is None or not await exchange.stand_in(error.status, error, send):
+                await _answer(error, scope, receive, send)
+        finally:
+            if exchange is not None:
+                exchange.leave()
 
     def _refresh(self, exchange: Exchange, scope: Scope) -> None:
         """Have the response that was served, and has expired, made anew."""
@@ -399,6 +426,11 @@ class RequestPath:
         with serving(context):
             await self._serve(context, scope, _client_with(body), told)
         return context.status
+
+
+def _path_of(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _client_with(body: bytes) -> Receive:

@@ -242,19 +242,29 @@ class Exchange:
         for message in replayed(self.entry, self.policy, self._cache.clock(), self.wishes, self._said()):
             await send(message)
 
+    @property
+    def may_stand_in(self) -> bool:
+        """Say whether there is an expired entry that answers in place of an error."""
+        # Whoever refreshes has nobody to answer, and must know.
+        return not (self._fallback is None or self._begun or self.context.wrote or self.context.refreshing)
+
     async def stand_in(self, status: int, error: Exception | None, send: Send) -> bool:
         """Answer with an expired entry in place of an error, if there is one for it, and say whether.
 
         error: what was raised, if the status was not answered but is what becomes of that.
         """
         context = self.context
-        # Whoever refreshes has nobody to answer, and must know.
-        if self._fallback is None or self._begun or context.wrote or context.refreshing:
+        if not self.may_stand_in:
             return False
-        what = "raised" if error is not None else f"answered {status}"
-        logger.error("%s %s, and an expired response stands in for it", self.policy.route, what, exc_info=error)
+        assert self._fallback is not None
         self.entry, self._mark, self._is_over = self._fallback, "hit", True
-        self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
+        if context.refused is not None:
+            left = (self._fallback.created + self._fallback.ttl - self._cache.clock()) // 1
+            self._status, self.is_stale = f"hit; ttl={left:.0f}; detail=overloaded", True
+        else:
+            what = "raised" if error is not None else f"answered {status}"
+            logger.error("%s %s, and an expired response stands in for it", self.policy.route, what, exc_info=error)
+            self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
         self._end(self._fallback)
         context.cache_status = self._mark
         await self._replay(send)

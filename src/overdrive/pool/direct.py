@@ -16,6 +16,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TypeEngine
 from sqlalchemy.util import greenlet_spawn
 
+from overdrive.context import current
+
 from .engine import begins_with_writes
 from .observe import Observation, observation_of, returns_without_waiting
 from .pool import FairPool
@@ -96,18 +98,14 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     assert observation is not None
     given = {name: parameters.get(name, bind.effective_value) for name, bind, _ in statement.parameters}
     values = [given[name] if process is None else process(given[name]) for name, _, process in statement.parameters]
-    pool = engine.pool
-    pooled = pool.take_nowait() if isinstance(pool, FairPool) else None
-    if pooled is None:
-        pooled = await greenlet_spawn(_take, engine)
+    leave = None
+    if (admission := observation.admission) is not None and (context := current()) is not None and context.visit:
+        leave = admission.enter(context.visit) or await admission.wait(context.visit)
     try:
-        observation.started(pooled.info, statement.facts, (given,), autocommit=False)
-        rows = await _fetch(pooled, engine, observation, statement, values)
+        rows = await _send(engine, observation, statement, given, values)
     finally:
-        if returns_without_waiting(engine, pooled):
-            pooled.close()
-        else:
-            await greenlet_spawn(pooled.close)
+        if leave is not None:
+            leave()
     results = statement.results
     if not results or not any(results):
         return rows
@@ -115,6 +113,23 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
         [value if process is None else process(value) for value, process in zip(row, results, strict=True)]
         for row in rows
     ]
+
+
+async def _send(
+    engine: Engine, observation: Observation, statement: Direct, given: Mapping[str, Any], values: list[Any]
+) -> Rows:
+    pool = engine.pool
+    pooled = pool.take_nowait() if isinstance(pool, FairPool) else None
+    if pooled is None:
+        pooled = await greenlet_spawn(_take, engine)
+    try:
+        observation.started(pooled.info, statement.facts, (given,), autocommit=False)
+        return await _fetch(pooled, engine, observation, statement, values)
+    finally:
+        if returns_without_waiting(engine, pooled):
+            pooled.close()
+        else:
+            await greenlet_spawn(pooled.close)
 
 
 def _take(engine: Engine) -> PoolProxiedConnection:

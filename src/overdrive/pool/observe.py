@@ -59,6 +59,16 @@ class CommitObserver(Protocol):
         """Learn how the commit that `before` announced has ended."""
 
 
+class Admission(Protocol):
+    """Decides when a request may have a connection."""
+
+    def enter(self, visit: Any) -> Callable[[], None] | None:
+        """Admit a request, and return what says that its connection is back; None where it must `wait`."""
+
+    async def wait(self, visit: Any) -> Callable[[], None]:
+        """Have a request wait until it is admitted; may raise to refuse it."""
+
+
 #: Where an engine keeps its observation.
 _ATTRIBUTE = "overdrive_observation"
 #: Where an engine notes that its statements need a transaction each.
@@ -142,6 +152,8 @@ class Observation:
         self.observers: list[CommitObserver] = []
         #: The loop on which a synchronous engine's commits are reported, once one serves.
         self.loop: asyncio.AbstractEventLoop | None = None
+        #: Whom requests ask before they have a connection.
+        self.admission: Admission | None = None
         self._everything = f"{name}/{EVERYTHING}"
         self._tags: dict[Facts, tuple[frozenset[str], frozenset[str]]] = {}
         self._listen()
@@ -358,15 +370,28 @@ class Observation:
             context = current()
             if context is None:
                 return raw_connection()
+            leave = None
+            # Plain functions were admitted when they were given their session: here they are in a thread.
+            if self.admission is not None and context.visit is not None and self.engine.dialect.is_async:
+                leave = self.admission.enter(context.visit) or await_only(self.admission.wait(context.visit))
             asked = time.perf_counter()
             try:
-                return raw_connection()
+                pooled = raw_connection()
+            except BaseException:
+                if leave is not None:
+                    leave()
+                raise
             finally:
                 context.pool_wait += time.perf_counter() - asked
+            if leave is not None:
+                pooled.record_info[_LEAVE] = leave
+            return pooled
 
         return checkout
 
     def _checkin(self, dbapi_connection: Any, record: Any) -> None:
+        if (leave := record.record_info.pop(_LEAVE, None)) is not None:
+            leave()
         transaction = record.info.get(_KEY)
         if transaction is None:
             return
@@ -438,6 +463,7 @@ def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bo
 
 
 _KEY = "overdrive"
+_LEAVE = "overdrive_leave"
 
 
 def _transaction_of(info: dict[Any, Any]) -> _Transaction:

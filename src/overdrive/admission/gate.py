@@ -1,0 +1,313 @@
+"""The gates in front of the databases: a request asks there once, before its first connection."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from functools import partial
+from typing import Any
+
+from overdrive.context import RequestContext
+from overdrive.errors import OverloadedError
+
+from .limit import Limit, Priority, Queue, Refusal, Waiter
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Leave = Callable[[], None]
+
+#: The attribute by which an endpoint is marked with its priority.
+PRIORITY = "__overdrive_priority__"
+
+#: How fast it is learned which endpoints need a database, and which share of their requests must have asked for one
+#: before they are refused unbegun.
+_LEARNING, _NEEDED = 0.1, 0.9
+#: How many times `max_wait` clients are told to stay away, at random, so that they do not all come back at once.
+_SOONEST, _LATEST = 1, 4
+
+
+class Visit:
+    """A request, as the gates see it; between its client and the app, to learn whether somebody waits for the answer.
+
+    scope: where the router leaves the endpoint.
+    """
+
+    __slots__ = (
+        "_is_over",
+        "_messages",
+        "_receive",
+        "_task",
+        "context",
+        "gate",
+        "holds",
+        "is_admitted",
+        "measured",
+        "scope",
+        "since",
+    )
+
+    def __init__(self, context: RequestContext, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        self.context = context
+        self.scope = scope
+        #: The first gate it came to, which counts it for as long as it holds connections.
+        self.gate: Gate | None = None
+        self.is_admitted = False
+        self.holds = 0
+        #: Since when it does, and how long its statements had taken until then.
+        self.since = self.measured = 0.0
+        self._receive = receive
+        self._messages: list[Message] = []
+        self._task: asyncio.Future[Message] | None = None
+        self._is_over = False
+
+    @property
+    def is_answered(self) -> bool:
+        """Say whether there is nothing left to refuse: streams and background tasks go on behind the first byte."""
+        return self._is_over or self.context.status is not None
+
+    @property
+    def priority(self) -> Priority:
+        """Return what its endpoint was marked with."""
+        context = self.context
+        marked: Priority = getattr(self.scope.get("endpoint"), PRIORITY, "normal")
+        # Somebody has an answer already, or there is one to be had.
+        spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
+        return "low" if spared and marked == "normal" else marked
+
+    def let_go(self) -> None:
+        """Note that a connection is back."""
+        if self.holds:
+            self.holds -= 1
+            if not self.holds and self.gate is not None:
+                self.gate.done(self)
+
+    def end(self) -> None:
+        """Note that the request is over, whatever it holds yet."""
+        self._is_over = True
+        self.holds = min(self.holds, 1)
+        self.let_go()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def receive(self) -> Message:
+        """Return the client's next message."""
+        if self._messages:
+            return self._messages.pop(0)
+        if self._task is None:
+            return await self._receive()
+        task, self._task = self._task, None
+        return await task
+
+    def listen(self, waiting: _Waiting) -> None:
+        """Tell `waiting` when the client hangs up. What it says instead is kept for the app."""
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._receive())
+        self._task.add_done_callback(partial(self._heard, waiting))
+
+    def _heard(self, waiting: _Waiting, task: asyncio.Future[Message]) -> None:
+        if task.cancelled() or task.exception() is not None or waiting.answer is not None:
+            return
+        message = task.result()
+        if message["type"] == "http.disconnect":
+            waiting.hung_up = True
+            waiting.wake()
+        # The rest of a long body is left where it is; and behind a body there is nothing to come but the end.
+        elif not message.get("more_body", False) and not self._messages:
+            self._messages.append(message)
+            self._task = None
+            self.listen(waiting)
+
+
+class _Waiting(Waiter):
+    """A request in the queue."""
+
+    __slots__ = ("_loop", "hung_up", "woken")
+
+    def __init__(self, priority: Priority, since: float) -> None:
+        super().__init__(priority, since)
+        self.hung_up = False
+        self._loop = asyncio.get_running_loop()
+        self.woken: asyncio.Future[None] = self._loop.create_future()
+
+    def wake(self) -> None:
+        # What is collected as garbage gives its connection back from wherever that happens.
+        if asyncio._get_running_loop() is self._loop:
+            self._go_on()
+        else:
+            self._loop.call_soon_threadsafe(self._go_on)
+
+    def _go_on(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
+
+
+def _nothing() -> None:
+    """Note that a connection is back that nobody counts."""
+
+
+class Gate:
+    """The gate in front of one pool.
+
+    size, capacity: connections it keeps open, and the most it opens.
+    max_wait: seconds until a request would be answered beyond which it is refused.
+    """
+
+    def __init__(self, size: int, capacity: int, max_wait: float) -> None:
+        # What a team keeps open is no burst, and is not taken away: what is learned is how many more are of use.
+        self._bounds = max(1, min(size, capacity)), capacity
+        self._max_wait = max_wait
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, on another event loop say."""
+        self.queue = Queue(Limit(*self._bounds), self._max_wait)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, visit: Visit) -> Leave | None:
+        """Admit a request at once, and return what says that its connection is back; None where it must `wait`."""
+        if visit.is_answered or visit.gate not in (None, self):
+            return _nothing
+        visit.gate = self
+        if visit.holds:
+            return self._hold(visit)
+        now = time.monotonic()
+        if visit.is_admitted:
+            self.queue.join(now)
+        elif not self.queue.ask(now):
+            return None
+        return self._admitted(visit, now)
+
+    async def wait(self, visit: Visit) -> Leave:
+        """Have a request wait until it is admitted.
+
+        Raises `OverloadedError` where that would take too long, has taken too long, or is of no use any more.
+        """
+        asked = time.monotonic()
+        waiting = _Waiting(visit.priority, asked)
+        refusal = self.queue.wait(waiting, asked)
+        if refusal is None:
+            self._wake_in_time()
+            visit.listen(waiting)
+            try:
+                await waiting.woken
+            except BaseException:
+                self.queue.leave(waiting, time.monotonic())
+                raise
+            finally:
+                visit.context.admission_wait += time.monotonic() - asked
+            if waiting.hung_up:
+                refusal = self.queue.leave(waiting, time.monotonic())
+            elif isinstance(waiting.answer, Refusal):
+                refusal = waiting.answer
+        if refusal is not None:
+            raise self._refused(visit.context, refusal)
+        if visit.holds:
+            # Another task of the same request was admitted meanwhile.
+            self.queue.forgo(time.monotonic())
+            return self._hold(visit)
+        return self._admitted(visit, time.monotonic())
+
+    def refuse(self, visit: Visit, priority: Priority) -> OverloadedError | None:
+        """Refuse a request that is not begun, if it would be refused."""
+        refusal = self.queue.refuse(priority, time.monotonic())
+        return None if refusal is None else self._refused(visit.context, refusal)
+
+    def done(self, visit: Visit) -> None:
+        """Note that a request has given back what it held."""
+        now, queue = time.monotonic(), self.queue
+        if taken := visit.context.database_time - visit.measured:
+            queue.limit.learn(id(visit.scope.get("endpoint")), taken, queue.at_work, now)
+        queue.done(now - visit.since, now)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the gate at this moment, and what it has counted."""
+        queue = self.queue
+        return {
+            "limit": queue.limit.current,
+            "inflight": queue.at_work,
+            "queued": len(queue),
+            "admitted": queue.admitted,
+            **{f"refused_{reason}": count for reason, count in queue.refused.items()},
+        }
+
+    def _admitted(self, visit: Visit, now: float) -> Leave:
+        visit.is_admitted = True
+        visit.since, visit.measured = now, visit.context.database_time
+        return self._hold(visit)
+
+    def _hold(self, visit: Visit) -> Leave:
+        visit.holds += 1
+        return visit.let_go
+
+    def _refused(self, context: RequestContext, refusal: Refusal) -> OverloadedError:
+        context.refused = refusal.reason
+        error = OverloadedError(f"the database has too much to do ({refusal.reason})")
+        error.retry_after = self.queue.max_wait * random.uniform(_SOONEST, _LATEST)
+        return error
+
+    def _wake_in_time(self) -> None:
+        due = self.queue.due()
+        if self._timer is None and due is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.queue.tick(time.monotonic())
+        self._wake_in_time()
+
+
+class Admission:
+    """All gates of an app, and what was learned of its endpoints.
+
+    max_wait: see `Gate`.
+    """
+
+    def __init__(self, max_wait: float) -> None:
+        self._max_wait = max_wait
+        self._gates: dict[str, list[Gate]] = {}
+        #: By the id of an endpoint, which the app keeps: its gate, and the share of its requests that came to it.
+        self._needs: dict[int, tuple[Gate, float]] = {}
+
+    def gate(self, engine: str, size: int, capacity: int) -> Gate:
+        """Return a new gate in front of a pool of an engine."""
+        gate = Gate(size, capacity, self._max_wait)
+        self._gates.setdefault(engine, []).append(gate)
+        return gate
+
+    def learn(self, visit: Visit) -> None:
+        """Note whether a request that was run has needed a database."""
+        key = id(visit.scope.get("endpoint"))
+        gate, share = self._needs.get(key, (visit.gate, 0.0))
+        gate = visit.gate or gate
+        if gate is not None:
+            self._needs[key] = gate, share + ((visit.gate is not None) - share) * _LEARNING
+
+    @property
+    def refuses(self) -> bool:
+        """Say whether it is worth asking `refuse`."""
+        return any(gate.queue.stands for gate in self._every())
+
+    def refuse(self, visit: Visit, endpoint: object) -> OverloadedError | None:
+        """Refuse a request that is not begun, where its endpoint always needs a database that cannot take it."""
+        gate, share = self._needs.get(id(endpoint), (None, 0.0))
+        if gate is None or share < _NEEDED:
+            return None
+        return gate.refuse(visit, getattr(endpoint, PRIORITY, "normal"))
+
+    def reset(self) -> None:
+        """Begin anew, on another event loop."""
+        for gate in self._every():
+            gate.reset()
+
+    def statistics(self) -> dict[str, dict[str, int]]:
+        """Return, for each engine by its name, the numbers of `Gate.statistics`, those of its pools together."""
+        return {
+            engine: {name: sum(gate.statistics()[name] for gate in gates) for name in gates[0].statistics()}
+            for engine, gates in self._gates.items()
+        }
+
+    def _every(self) -> Iterable[Gate]:
+        return (gate for gates in self._gates.values() for gate in gates)

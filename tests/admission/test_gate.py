@@ -1,0 +1,400 @@
+"""Gates in front of a real pool: who is refused, what it is told, and what needs no database is not held up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import Depends, FastAPI, Request, WebSocket
+from fastapi.responses import StreamingResponse
+from fastapi.testclient import TestClient
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool
+from support import Item, client, eventually, on_uvicorn, recorded, tables
+
+from overdrive import (
+    ConfigurationError,
+    Overdrive,
+    SessionDep,
+    SessionFactoryDep,
+    Settings,
+    SyncSessionDep,
+    cached,
+    health_router,
+    priority,
+)
+from overdrive.admission.limit import Refusal
+from overdrive.instrumentation.events import RequestEvent
+from overdrive.testing import caching
+
+pytestmark = pytest.mark.anyio
+
+Make = Callable[..., tuple[FastAPI, Overdrive]]
+
+SLEEP = func.pg_sleep(0.05)
+
+
+@pytest.fixture
+async def served(postgres_url: str) -> AsyncIterator[Make]:
+    """Makes an app, and closes what it has opened."""
+    made: list[Overdrive] = []
+
+    def make(**admission: Any) -> tuple[FastAPI, Overdrive]:
+        app, overdrive = service(postgres_url, **admission)
+        made.append(overdrive)
+        return app, overdrive
+
+    yield make
+    for each in made:
+        await each.aclose()
+
+
+def service(url: str, **admission: Any) -> tuple[FastAPI, Overdrive]:
+    """An app whose two connections are busy for 50 ms each: it can answer 40 requests a second."""
+    app = FastAPI()
+    settings = Settings(
+        database_url=url,
+        pool={"size": 2, "max_overflow": 0},
+        admission={"max_wait": 0.5, **admission},
+        log={"server_timing": True},
+    )
+    overdrive = Overdrive(app, settings=settings)
+
+    @app.get("/slow")
+    async def slow(db: SessionDep) -> str:
+        await db.execute(select(SLEEP))
+        return "done"
+
+    @app.get("/twice")
+    async def twice(sessions: SessionFactoryDep) -> str:
+        for _ in range(2):
+            async with sessions() as db:
+                await db.execute(select(SLEEP))
+        return "done"
+
+    @app.get("/both")
+    async def both(sessions: SessionFactoryDep) -> str:
+        async def one() -> None:
+            async with sessions() as db:
+                await db.execute(select(SLEEP))
+
+        await asyncio.gather(one(), one())
+        return "done"
+
+    @app.get("/plain")
+    def plain(db: SyncSessionDep) -> str:
+        db.execute(select(SLEEP))
+        return "done"
+
+    @app.get("/low")
+    @priority("low")
+    async def low(db: SessionDep) -> str:
+        await db.execute(select(SLEEP))
+        return "done"
+
+    @priority("high")
+    @app.get("/high")
+    async def high(db: SessionDep) -> str:
+        await db.execute(select(SLEEP))
+        return "done"
+
+    @app.get("/constant")
+    async def constant() -> str:
+        return "done"
+
+    @app.get("/stream")
+    async def stream(sessions: SessionFactoryDep) -> StreamingResponse:
+        async def chunks() -> AsyncIterator[str]:
+            for _ in range(2):
+                yield "chunk"
+                async with sessions() as db:
+                    await db.execute(select(SLEEP))
+
+        return StreamingResponse(chunks())
+
+    @app.post("/echo")
+    async def echo(request: Request, db: SessionDep) -> dict[str, int]:
+        await db.execute(select(SLEEP))
+        return {"size": len(await request.body())}
+
+    @app.websocket("/ws")
+    async def talk(socket: WebSocket, sessions: SessionFactoryDep) -> None:
+        await socket.accept()
+        for _ in range(2):
+            async with sessions() as db:
+                await db.execute(select(SLEEP))
+        await socket.send_text("done")
+        await socket.close()
+
+    app.include_router(health_router)
+    return app, overdrive
+
+
+@contextlib.asynccontextmanager
+async def on_socket(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    with on_uvicorn(app) as (host, port):
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=50)
+        async with httpx2.AsyncClient(base_url=f"http://{host}:{port}", limits=limits, timeout=20) as http:
+            yield http
+
+
+async def storm(http: httpx2.AsyncClient, paths: list[str], seconds: float, every: float) -> list[httpx2.Response]:
+    """Ask for one of the paths after the other, at instants that do not wait for answers."""
+    loop = asyncio.get_running_loop()
+    start, tasks = loop.time(), []
+    for number in range(int(seconds / every)):
+        await asyncio.sleep(start + number * every - loop.time())
+        tasks.append(asyncio.ensure_future(http.get(paths[number % len(paths)])))
+    return await asyncio.gather(*tasks)
+
+
+def counts(overdrive: Overdrive) -> dict[str, int]:
+    return overdrive.admission.statistics()["default"]
+
+
+def is_calm(overdrive: Overdrive) -> bool:
+    pool: Any = overdrive.engine.pool
+    return counts(overdrive)["inflight"] == counts(overdrive)["queued"] == pool.checkedout() == 0
+
+
+async def test_in_a_storm_some_are_answered_and_others_refused_and_probes_and_constants_go_on(served: Make) -> None:
+    app, overdrive = served()
+    with recorded() as events:
+        async with on_socket(app) as http:
+            paths = ["/slow", "/slow", "/slow", "/slow", "/low", "/low", "/high", "/constant", "/live", "/ready"]
+            answers = await storm(http, paths, 1.5, 0.005)
+            await eventually(lambda: is_calm(overdrive))
+            assert (await http.get("/slow")).status_code == 200
+    by_path = {path: Counter(a.status_code for a in answers if a.url.path == path) for path in paths}
+    # What needs no database, or is to be answered first, has had nothing to do with it.
+    for path in ("/constant", "/live", "/ready"):
+        assert set(by_path[path]) == {200}
+    # Forty a second are possible, of which thirty are of high priority.
+    assert by_path["/high"][200] > 0.5 * by_path["/high"].total()
+    assert by_path["/slow"][503] > 20
+    assert sum(each[200] for each in by_path.values()) > 90
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused[0].json() == {"detail": "the service has too much to do; try again later", "code": "overloaded"}
+    assert len({int(answer.headers["retry-after"]) for answer in refused}) > 1
+    requests = [event for event in events if isinstance(event, RequestEvent)]
+    assert {event.outcome for event in requests if event.status == 503} == {"shed"}
+    assert {event.outcome for event in requests if event.status == 200} == {"ok"}
+    # Those that were refused before their route was asked have one too.
+    assert {event.route for event in requests if event.status == 503} <= {"/slow", "/low", "/high"}
+    waited = [answer.headers["server-timing"] for answer in answers if answer.status_code == 200]
+    assert any("queue;dur=" in timing for timing in waited)
+
+
+async def test_low_priority_is_refused_first(served: Make) -> None:
+    app, overdrive = served()
+    async with client(app) as http:
+        answers = await storm(http, ["/slow", "/low"], 1.2, 0.01)
+    share = {
+        path: sum(a.status_code == 200 for a in answers if a.url.path == path) / (len(answers) / 2)
+        for path in ("/slow", "/low")
+    }
+    assert share["/slow"] > 2 * share["/low"]
+    assert is_calm(overdrive)
+
+
+async def test_sure_refusals_do_not_reach_their_route(served: Make) -> None:
+    app, _ = served()
+    reached = []
+
+    @app.get("/counted")
+    async def counted(db: SessionDep) -> str:
+        reached.append(1)
+        await db.execute(select(SLEEP))
+        return "done"
+
+    async with client(app) as http:
+        await asyncio.gather(*(http.get("/counted") for _ in range(10)))
+        for _ in range(25):
+            await http.get("/counted")
+        reached.clear()
+        answers = await storm(http, ["/counted"], 1, 0.004)
+    assert len(reached) < len(answers) / 2
+    assert sum(answer.status_code == 200 for answer in answers) > 20
+
+
+async def test_what_was_begun_is_not_refused(served: Make) -> None:
+    app, _ = served()
+    begun = []
+
+    @app.get("/steps")
+    async def steps(sessions: SessionFactoryDep) -> str:
+        for _ in range(3):
+            async with sessions() as db:
+                await db.execute(select(SLEEP))
+            begun.append(1)
+        return "done"
+
+    async with client(app) as http:
+        answers = await storm(http, ["/steps"], 0.6, 0.01)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503}
+    assert len(begun) == 3 * statuses[200]
+
+
+@pytest.mark.parametrize("path", ["/slow", "/twice", "/both", "/plain", "/stream"])
+async def test_few_at_once_are_all_answered_whatever_they_are(served: Make, path: str) -> None:
+    app, overdrive = served(max_wait=5)
+    async with client(app) as http:
+        answers = await asyncio.gather(*(http.get(path) for _ in range(6)))
+    assert {answer.status_code for answer in answers} == {200}
+    name = "default"
+    assert overdrive.admission.statistics()[name]["inflight"] == 0
+    await eventually(lambda: is_calm(overdrive))
+
+
+async def test_body_that_came_while_its_request_waited_is_read(served: Make) -> None:
+    app, overdrive = served(max_wait=5)
+    async with on_socket(app) as http:
+        answers = await asyncio.gather(*(http.post("/echo", content=b"x" * 200_000) for _ in range(6)))
+        small = await asyncio.gather(*(http.post("/echo", content=b"x") for _ in range(6)))
+    assert [answer.json() for answer in answers] == [{"size": 200_000}] * 6
+    assert [answer.json() for answer in small] == [{"size": 1}] * 6
+    assert counts(overdrive)["admitted"] == 12
+
+
+async def test_client_that_hangs_up_leaves_the_queue(served: Make) -> None:
+    app, overdrive = served(max_wait=20)
+
+    @app.get("/hold")
+    async def hold(db: SessionDep) -> None:
+        await db.execute(text("SELECT pg_sleep(0.6)"))
+
+    async with on_socket(app) as http:
+        held = [asyncio.ensure_future(http.get("/hold")) for _ in range(2)]
+        await eventually(lambda: counts(overdrive)["inflight"] == 2)
+        waiting = [asyncio.ensure_future(http.get("/slow")) for _ in range(5)]
+        await eventually(lambda: counts(overdrive)["queued"] == 5)
+        for task in waiting[:3]:
+            task.cancel()
+        await eventually(lambda: counts(overdrive)["queued"] == 2)
+        assert counts(overdrive)["refused_left"] == 3
+        assert not any(task.done() for task in held)
+        assert [(await task).status_code for task in waiting[3:]] == [200, 200]
+        await asyncio.gather(*held)
+    await eventually(lambda: is_calm(overdrive))
+
+
+async def test_cancelled_requests_leave_nothing_behind(served: Make) -> None:
+    app, overdrive = served(max_wait=20)
+    async with client(app) as http:
+        for delay in (0.0, 0.01, 0.03, 0.06, 0.1):
+            tasks = [asyncio.ensure_future(http.get(path)) for path in ("/slow", "/twice", "/both") * 4]
+            await asyncio.sleep(delay)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await eventually(lambda: is_calm(overdrive))
+        assert (await http.get("/slow")).status_code == 200
+
+
+def test_websockets_are_not_refused(postgres_url: str) -> None:
+    app, overdrive = service(postgres_url)
+    with TestClient(app) as http, http.websocket_connect("/ws") as socket:
+        assert socket.receive_text() == "done"
+    assert counts(overdrive)["admitted"] == 0
+
+
+async def test_switched_off_it_refuses_and_counts_nothing(served: Make) -> None:
+    app, overdrive = served(enabled=False, max_wait=0.1)
+    async with client(app) as http:
+        answers = await asyncio.gather(*(http.get("/slow") for _ in range(15)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert counts(overdrive)["admitted"] == 0
+
+
+async def test_teams_own_engine_and_dependency_are_guarded_too(postgres_url: str) -> None:
+    engine: AsyncEngine = create_async_engine(
+        postgres_url, poolclass=AsyncAdaptedQueuePool, pool_size=1, max_overflow=1, pool_timeout=20
+    )
+    app = FastAPI()
+    overdrive = Overdrive(app, settings=Settings(admission={"max_wait": 0.3}), engine=engine)
+
+    async def get_db() -> AsyncIterator[AsyncSession]:
+        async with AsyncSession(engine) as session:
+            yield session
+
+    @app.get("/own")
+    async def own(db: AsyncSession = Depends(get_db)) -> str:  # noqa: B008
+        await db.execute(select(SLEEP))
+        return "done"
+
+    async with client(app) as http:
+        answers = await storm(http, ["/own"], 1, 0.005)
+    statuses = Counter(answer.status_code for answer in answers)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] > 15
+    assert is_calm(overdrive)
+    await engine.dispose()
+
+
+async def test_expired_copy_is_served_where_the_route_allows_it_and_made_anew(served: Make, postgres_url: str) -> None:
+    app, overdrive = served()
+
+    @app.get("/kept/{number}")
+    @cached(ttl=10, stale_if_error=600)
+    async def kept(number: int, db: SessionDep) -> list[str]:
+        names = list(await db.scalars(select(Item.name)))
+        # With its connection: what sleeps in the database is not known to be pure.
+        await asyncio.sleep(0.05)
+        return names
+
+    with tables(postgres_url):
+        async with client(app) as http:
+            with caching(overdrive) as clock:
+                paths = [f"/kept/{number}" for number in range(8)]
+                for path in paths:
+                    assert (await http.get(path)).status_code == 200
+                clock.tick(15)
+                answers = await storm(http, [*paths, "/slow", "/slow", "/slow", "/slow"], 1.2, 0.003)
+                kept_answers = [answer for answer in answers if "kept" in answer.url.path]
+                assert {answer.status_code for answer in kept_answers} == {200}
+                said = Counter(answer.headers["cache-status"] for answer in kept_answers)
+                assert said["overdrive; hit; ttl=-5; detail=overloaded"] > 0
+                assert 503 in {answer.status_code for answer in answers if "slow" in answer.url.path}
+                await eventually(lambda: is_calm(overdrive))
+
+
+async def test_what_is_sent_in_place_of_a_refusal_is_made_anew_behind_its_client(
+    served: Make, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, overdrive = served()
+    made = []
+
+    @app.get("/kept")
+    @cached(ttl=10, stale_if_error=600)
+    async def kept(db: SessionDep) -> list[str]:
+        made.append(1)
+        return list(await db.scalars(select(Item.name)))
+
+    with tables(postgres_url), caching(overdrive) as clock:
+        async with client(app) as http:
+            await http.get("/kept")
+            (gate,) = overdrive.admission._gates["default"]
+            overdrive.admission._needs = dict.fromkeys(overdrive.admission._needs, (gate, 1.0))
+            refusals = [None, Refusal("wait")]
+            gate.queue.stands = True
+            monkeypatch.setattr(gate.queue, "refuse", lambda *_: refusals.pop() if refusals else None)
+            clock.tick(15)
+            answer = await http.get("/kept")
+            assert answer.headers["cache-status"] == "overdrive; hit; ttl=-5; detail=overloaded"
+            await eventually(lambda: len(made) == 2)
+            assert not refusals
+            await eventually(lambda: is_calm(overdrive))
+            assert (await http.get("/kept")).headers["cache-status"] == "overdrive; hit; ttl=10"
+            assert len(made) == 2
+
+
+def test_priority_takes_one_of_three_levels() -> None:
+    with pytest.raises(ConfigurationError, match='takes "high", "normal" or "low", not \'urgent\''):
+        priority("urgent")  # type: ignore[arg-type]
