@@ -584,6 +584,7 @@ class RedisStore:
         pool: Any = BlockingPool.from_url(
             self._url,
             socket_timeout=_DEADLINE,
+            socket_connect_timeout=_DEADLINE,
             decode_responses=True,
             retry=Retry(NoBackoff(), 0),
         )
