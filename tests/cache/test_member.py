@@ -108,19 +108,17 @@ def store_of(service: Service) -> RedisStore:
     return store
 
 
-@pytest.mark.parametrize("max_bytes", [0, None])
-async def test_a_writer_that_is_cut_off_answers_when_nobody_serves_older(
-    sqlite_url: str, redis_url: str, max_bytes: int | None
-) -> None:
+async def test_a_writer_that_is_cut_off_answers_when_nobody_serves_older(sqlite_url: str, redis_url: str) -> None:
     async with (
         proxy_to(redis_url) as (proxy, by_proxy),
-        serve(sqlite_url, by_proxy, max_bytes) as writer,
-        serve(sqlite_url, redis_url, max_bytes) as reader,
+        serve(sqlite_url, by_proxy) as writer,
+        serve(sqlite_url, redis_url) as reader,
     ):
         await until_hit(writer)
         await until_hit(reader)
         near = store_of(reader)._link().near
-        while near is not None and not len(near._entries):
+        assert near is not None
+        while not len(near._entries):
             await reader.get()
         seen = store_of(reader).seen()
         assert seen is not None
@@ -198,9 +196,7 @@ async def test_who_leaves_is_missed_by_nobody(redis_url: str, redis: Redis) -> N
     epoch = redis.get("test:clock")
     await other.aclose()
     assert redis.zcard("test:members") == 1
-    await asyncio.sleep(0.9)
-    await one.load("key", "f")
-    assert (redis.get("test:clock"), one.suspended) == (epoch, 0)
+    assert redis.get("test:clock") == epoch
     await one.aclose()
 
 
@@ -319,7 +315,7 @@ async def test_strict_keeps_nothing_near(sqlite_url: str, redis_url: str) -> Non
     ):
         assert one.overdrive.cache.invalidator.strict
         await until_hit(other)
-        for number in range(20):
+        for number in range(5):
             trips = store_of(other).trips
             assert await other.marks("/names") == ["hit"]
             assert store_of(other).trips == trips + 1
