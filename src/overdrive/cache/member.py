@@ -116,7 +116,9 @@ class Member:
         self, names: tuple[str, str, str, str], connect: Callable[[], Connection], errors: tuple[type[Exception], ...]
     ) -> None:
         self.pid = os.getpid()
-        self.id = ":".join((socket.gethostname(), _place(), str(self.pid), _started(self.pid), secrets.token_hex(4)))
+        self.id = ":".join(
+            (socket.gethostname().replace(":", "-"), _place(), str(self.pid), _started(self.pid), secrets.token_hex(4))
+        )
         #: How many share the store, as was last heard.
         self.count = 0
         self._names = names

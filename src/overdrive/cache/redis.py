@@ -597,7 +597,7 @@ class RedisStore:
         route = self._routes.pop(asyncio.get_running_loop(), None)
         if route is not None:
             await route.aclose()
-        if not self._routes and self._member is not None:
+        if self._member is not None and all(loop.is_closed() for loop in self._routes):
             member, self._member = self._member, None
             atexit.unregister(member.close)
             await asyncio.to_thread(member.close)
@@ -615,6 +615,7 @@ class RedisStore:
         pool: Any = BlockingPool.from_url(
             self._url,
             socket_timeout=_DEADLINE,
+            socket_connect_timeout=_DEADLINE,
             decode_responses=True,
             retry=Retry(NoBackoff(), 0),
         )
