@@ -212,6 +212,12 @@ class Installation:
         built = getattr(self._build_stack, "__func__", None)
         return built is FastAPI.build_middleware_stack and all(cast(Any, each.cls) is RequestPath for each in own)
 
+    def start_up(self) -> None:
+        """Prepare what there is by now, before the first request."""
+        self.install()
+        if self.runtime is not None:
+            self.runtime.enter_loop()
+
     async def shut_down(self) -> None:
         """Give back what the runtime holds."""
         if self.runtime is not None:

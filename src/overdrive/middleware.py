@@ -102,7 +102,7 @@ class Observer:
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._installation.install()
+                self._installation.start_up()
             elif message["type"] == "lifespan.shutdown.complete":
                 await self._installation.shut_down()
             await send(message)
