@@ -45,7 +45,8 @@ U1, U2 = UUID(int=1), UUID(int=2)
 def connection(postgres_url: str) -> Iterator[Connection]:
     engine = outside(postgres_url)
     with engine.connect() as connection:
-        run(connection, "DROP SCHEMA public CASCADE; DROP SCHEMA IF EXISTS shop CASCADE; CREATE SCHEMA public")
+        run(connection, "DROP SCHEMA public CASCADE; DROP SCHEMA IF EXISTS shop CASCADE")
+        run(connection, "CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC")
         for sql in SCHEMA.split(";\n"):
             if sql.strip():
                 run(connection, sql)
