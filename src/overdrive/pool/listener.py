@@ -60,12 +60,12 @@ _BEATING = "SELECT pg_backend_pid() AS pid"
 # What has become visible since the snapshot. What is not visible now is of another server: it came with a dump.
 _LOOKING = """
 SELECT pg_backend_pid() AS pid, pg_current_snapshot()::text AS snapshot,
-    ARRAY(SELECT payload FROM {outbox} WHERE transaction >= pg_snapshot_xmin($1::text::pg_snapshot)
-        AND NOT pg_visible_in_snapshot(transaction, $1::text::pg_snapshot)
-        AND pg_visible_in_snapshot(transaction, pg_current_snapshot()) ORDER BY id) AS payloads
+    ARRAY(SELECT payload FROM {outbox} WHERE transaction >= pg_snapshot_xmin($1::text::pg_snapshot)::text::bigint
+        AND NOT pg_visible_in_snapshot(transaction::text::xid8, $1::text::pg_snapshot)
+        AND pg_visible_in_snapshot(transaction::text::xid8, pg_current_snapshot()) ORDER BY id) AS payloads
 """
 
-_PRUNING = "DELETE FROM {outbox} WHERE transaction < pg_snapshot_xmin($1::text::pg_snapshot)"
+_PRUNING = "DELETE FROM {outbox} WHERE transaction < pg_snapshot_xmin($1::text::pg_snapshot)::text::bigint"
 
 _LEADING = "SELECT pg_try_advisory_lock($1::int8) AS leads"
 

@@ -44,6 +44,8 @@ Keys = Mapping[str, tuple[str, ...]]
 #: What has rows of its own that a statement may write. A foreign table has no transition tables, and a view no rows.
 _WRITTEN = ("r", "p")
 
+_CATALOGUES = ("pg_catalog", "information_schema", "pg_toast")
+
 _RELATIONS = f"""
 SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, pg_table_is_visible(c.oid),
     ARRAY(SELECT inhparent::bigint FROM pg_inherits WHERE inhrelid = c.oid),
@@ -53,7 +55,7 @@ SELECT c.oid::bigint, n.nspname::text, c.relname::text, c.relkind::text, pg_tabl
         WHERE indrelid = c.oid AND indisprimary)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.relpersistence <> 't' AND c.relname <> '{OUTBOX}'
-    AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast')
+    AND n.nspname NOT IN {_CATALOGUES}
 """
 
 _TRIGGERS = f"""
@@ -233,6 +235,9 @@ def keys_of(metadata: Collection[MetaData]) -> dict[str, tuple[str, ...]]:
     keys: dict[str, tuple[str, ...]] = {}
     for each in metadata:
         for table in each.tables.values():
+            # SQLAlchemy's own, and what a tool has reflected.
+            if table.schema in _CATALOGUES or table.name == OUTBOX:
+                continue
             key = tuple(column.name for column in key_of(table) or ())
             keys[table.fullname] = key if keys.get(table.fullname, key) == key else ()
     return keys

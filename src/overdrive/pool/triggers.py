@@ -173,11 +173,12 @@ def outbox_creation(schema: str) -> Iterator[str]:
     """Yield what makes the outbox.
 
     It is read by the transactions that wrote it and not by its numbers, of which a lower one may be committed later.
+    These have no type of PostgreSQL's own, which tools that reflect tables would not know.
     """
     table = quoted(schema, OUTBOX)
     yield (
         f"CREATE TABLE {table} (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
-        "transaction xid8 NOT NULL DEFAULT pg_current_xact_id(), payload text NOT NULL, "
+        "transaction bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint, payload text NOT NULL, "
         "written_at timestamptz NOT NULL DEFAULT clock_timestamp())"
     )
     yield f"CREATE INDEX {OUTBOX}_transaction ON {table} (transaction)"
