@@ -10,14 +10,17 @@ import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, Uuid, create_engine
+from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, Uuid, create_engine, select
+from sqlalchemy.exc import ProgrammingError
 from support import outside
 
 from overdrive.errors import ConfigurationError
 from overdrive.pool.outside import LOCK_TIMEOUT, Database, explained, installation, keys_of, removal, run
 from overdrive.pool.rows import MOST, tag_of_row
+from overdrive.pool.statement import facts_of
 from overdrive.pool.triggers import CHANGED, CHANNEL, Via, tags_of
 
+VIAS = pytest.mark.parametrize("via", ["notify", "outbox"])
 SCHEMA = """
 CREATE TABLE items (id int PRIMARY KEY, name text);
 CREATE TABLE parts (id bigint PRIMARY KEY, item_id int REFERENCES items ON DELETE CASCADE);
@@ -190,6 +193,9 @@ def test_a_write_is_never_refused_because_of_its_announcement(told: Callable[[st
     assert told("ALTER TABLE items RENAME COLUMN id TO number; INSERT INTO items VALUES (1); DELETE FROM items") == (
         of("items")
     )
+    assert told("ALTER TABLE uuids ALTER id TYPE text; INSERT INTO uuids VALUES ('a'); DELETE FROM uuids") == of(
+        "uuids"
+    )
     assert told("ALTER TABLE bare RENAME TO bears; INSERT INTO bears VALUES ('a')") == of("bears", rows=[])
 
 
@@ -213,6 +219,15 @@ def test_what_is_not_understood_means_everything(text: str) -> None:
 @pytest.mark.parametrize("keys", ['[["x"]]', "[[null]]", "[[1.5]]", "[[true]]", "7"])
 def test_keys_that_are_none_mean_everything(keys: str) -> None:
     assert tags_of(f'{{"keyed": ["t"], "others": [], "keys": {keys}}}', "e") == {"e/*"}
+
+
+def test_models_and_database_name_a_row_alike_in_whatever_order(told: Callable[[str], set[str]]) -> None:
+    pairs = Table("pairs", MetaData(), Column("b", Integer, primary_key=True), Column("a", Uuid, primary_key=True))
+    compiled = select(pairs).where(pairs.c.b == 4, pairs.c.a == U1).compile()
+    (rows,) = facts_of(compiled, "").rows_read
+    read = rows.tags([compiled.params])
+    assert read is not None
+    assert {f"e/{tag}" for tag in read} < told(f"INSERT INTO pairs VALUES (4, '{U1}'); DELETE FROM pairs")
 
 
 # Install, uninstall, status
@@ -321,6 +336,25 @@ def test_a_table_that_is_in_use_is_not_waited_for_for_ever(connection: Connectio
         run(connection, first)
         with pytest.raises(ConfigurationError, match="in use"), explained():
             carry_out(connection, others)
+
+
+@VIAS
+def test_nobody_else_can_use_the_function(connection: Connection, via: Via) -> None:
+    """With the outbox it runs as its owner: a trigger with other arguments must not be anybody's."""
+    run(connection, "DO $$BEGIN CREATE ROLE nobody_in_particular; EXCEPTION WHEN duplicate_object THEN NULL; END$$")
+    install(connection, via=via)
+    run(connection, "GRANT CREATE ON SCHEMA public TO nobody_in_particular")
+    run(connection, "SET ROLE nobody_in_particular")
+    run(connection, "CREATE TABLE mine (id int)")
+    with pytest.raises(ProgrammingError, match="permission denied for function"):
+        run(connection, "CREATE TRIGGER mine AFTER TRUNCATE ON mine EXECUTE FUNCTION overdrive_announce()")
+
+
+@VIAS
+def test_names_in_the_arguments_are_only_names(connection: Connection, via: Via) -> None:
+    run(connection, 'CREATE TABLE odd ("id), (SELECT 1/0" int PRIMARY KEY)')
+    install(connection, "odd", via=via)
+    run(connection, "INSERT INTO odd VALUES (1); DELETE FROM odd")
 
 
 def test_who_writes_needs_no_right_to_the_outbox(connection: Connection) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger("overdrive")
 LEASE = 1.0
 #: Seconds between two beats, and between two looks into an outbox.
 _BEAT = 0.25
-_LOOK = 0.05
+_LOOK = 0.03
 #: Seconds after which a leader without a beat is put off.
 _DEAD = 2.0
 #: Seconds an answer is waited for.

@@ -9,6 +9,7 @@ Everything here is text: nothing is asked of a database.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -46,16 +47,18 @@ _TRANSITION = {
 }
 
 # What a statement has written is known by its transition tables, which are found before anything on the search path.
-# Nothing in it may fail the statement: a key that has another name by now, and names too many for a notification,
-# announce more than was written. It runs as its owner, since whoever writes need not have a right to the outbox.
+# Nothing in it may fail the statement: a key that is not what it was, and names too many for a notification, announce
+# more than was written. What is made of a key is built in, and names are quoted, so that whoever owns a table, or could
+# make a trigger of this, has no say in what is executed.
 _FUNCTION = f"""\
 CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql
-SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $overdrive$
--- Its arguments: whether the table is found without its schema; tables with the same rows, by the same key and by
--- another, as JSON; the columns of the key.
+{{rights}}SET search_path = pg_catalog, pg_temp AS $overdrive$
+-- Its arguments: whether the table is found without its schema; then, as JSON, tables with the same rows by the same
+-- key, those by another, and the columns of the key.
 DECLARE
     source text := CASE TG_OP WHEN 'DELETE' THEN 'overdrive_old' ELSE 'overdrive_new' END;
     keyed jsonb := jsonb_build_array(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME) || TG_ARGV[1]::jsonb;
+    key text;
     keys jsonb;
     payload text;
     written bigint;
@@ -69,16 +72,20 @@ BEGIN
             RETURN NULL;
         ELSIF TG_OP = 'INSERT' THEN
             keys := '[]';
-        ELSIF written <= {MOST} AND TG_ARGV[3] <> '' THEN
-            IF TG_OP = 'UPDATE' THEN
-                source := '(SELECT ' || TG_ARGV[3] || ' FROM overdrive_old UNION SELECT ' || TG_ARGV[3]
-                    || ' FROM overdrive_new) AS changed';
+        ELSIF written <= {MOST} THEN
+            SELECT string_agg(quote_ident(name), ', ' ORDER BY number) INTO key
+            FROM jsonb_array_elements_text(TG_ARGV[3]::jsonb) WITH ORDINALITY AS columns (name, number)
+            HAVING bool_and(EXISTS (
+                SELECT FROM pg_attribute WHERE attrelid = TG_RELID AND attname = name
+                AND atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'uuid'::regtype)
+            ));
+            IF key IS NOT NULL THEN
+                IF TG_OP = 'UPDATE' THEN
+                    source := '(SELECT ' || key || ' FROM overdrive_old UNION SELECT ' || key
+                        || ' FROM overdrive_new) AS changed';
+                END IF;
+                EXECUTE 'SELECT jsonb_agg(jsonb_build_array(' || key || ')) FROM ' || source INTO keys;
             END IF;
-            BEGIN
-                EXECUTE 'SELECT jsonb_agg(jsonb_build_array(' || TG_ARGV[3] || ')) FROM ' || source INTO keys;
-            EXCEPTION WHEN undefined_column THEN
-                keys := NULL;
-            END;
         END IF;
     END IF;
     payload := jsonb_build_object('keyed', keyed, 'others', TG_ARGV[2]::jsonb, 'keys', keys);
@@ -92,8 +99,6 @@ BEGIN
     RETURN NULL;
 END
 $overdrive$"""
-
-_TELL_BY_NOTIFY = f"PERFORM pg_notify('{CHANNEL}', payload);"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,8 @@ class Announced:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Return what its triggers hand to the function."""
-        related = (msgspec.json.encode(names).decode() for names in (self.keyed, self.others))
-        return ("visible" if self.visible else "", *related, ", ".join(map(quoted, self.key)))
+        lists = (msgspec.json.encode(names).decode() for names in (self.keyed, self.others, self.key))
+        return ("visible" if self.visible else "", *lists)
 
 
 # To the database
@@ -140,11 +145,16 @@ def creation(schema: str, outbox: str | None) -> Iterator[str]:
     outbox: the schema of the table that it writes to; None where it notifies.
     """
     function = quoted(schema, FUNCTION)
-    tell = _TELL_BY_NOTIFY
+    via: Via = "notify" if outbox is None else "outbox"
+    # Whoever writes need not have a right to the outbox.
+    rights = "" if outbox is None else "SECURITY DEFINER "
+    tell = f"PERFORM pg_notify('{CHANNEL}', payload);"
     if outbox is not None:
         tell = f"INSERT INTO {quoted(outbox, OUTBOX)} (payload) VALUES (payload);"
-    yield _FUNCTION.replace("{function}", function).replace("{tell}", tell)
-    via: Via = "notify" if outbox is None else "outbox"
+    parts = {"{function}": function, "{rights}": rights, "{tell}": tell}
+    yield re.sub("|".join(map(re.escape, parts)), lambda part: parts[part[0]], _FUNCTION)
+    # To be fired it need not be permitted, only to make a trigger of it.
+    yield f"REVOKE EXECUTE ON FUNCTION {function}() FROM PUBLIC"
     yield f"COMMENT ON FUNCTION {function}() IS '{comment(via)}'"
 
 
