@@ -23,7 +23,7 @@ from alembic.operations import Operations
 from cache.service import Service, add_routes
 from fastapi import FastAPI
 from sqlalchemy import insert, select
-from support import Base, Item, client, eventually, outside, tables
+from support import Base, Item, client, eventually, on_uvicorn, outside, tables
 
 from overdrive import Overdrive, SessionDep, Settings, cached, cli
 from overdrive.cache.store import StoreUnavailable
@@ -326,6 +326,16 @@ def test_only_postgresql_can_be_listened_to(sqlite_url: str) -> None:
     settings = Settings.load(database_url=sqlite_url, cache={"listen": True})
     with pytest.raises(ConfigurationError, match=r"cache\.listen is for PostgreSQL"):
         Overdrive(FastAPI(), settings=settings)
+
+
+async def test_listening_begins_with_the_app(database: str) -> None:
+    """Before the first request."""
+    install(database)
+    app = FastAPI()
+    settings = Settings.load(database_url=database, cache={"listen": True})
+    served = Overdrive(app, settings=settings, cache=True)
+    with on_uvicorn(app):
+        await eventually(lambda: not served.cache.invalidator.is_behind)
 
 
 # The command line
