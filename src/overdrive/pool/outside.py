@@ -238,7 +238,7 @@ def keys_of(metadata: Collection[MetaData]) -> dict[str, tuple[str, ...]]:
             # SQLAlchemy's own, and what a tool has reflected.
             if table.schema in _CATALOGUES or table.name == OUTBOX:
                 continue
-            key = tuple(column.name for column in key_of(table) or ())
+            key = tuple(str(column.name) for column in key_of(table) or ())
             keys[table.fullname] = key if keys.get(table.fullname, key) == key else ()
     return keys
 

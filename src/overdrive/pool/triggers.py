@@ -56,7 +56,7 @@ CREATE OR REPLACE FUNCTION {{function}}() RETURNS trigger LANGUAGE plpgsql
 -- Its arguments: whether the table is found without its schema; then, as JSON, tables with the same rows by the same
 -- key, those by another, and the columns of the key.
 DECLARE
-    source text := CASE TG_OP WHEN 'DELETE' THEN 'overdrive_old' ELSE 'overdrive_new' END;
+    source text := 'overdrive_old';
     keyed jsonb := jsonb_build_array(TG_TABLE_SCHEMA || '.' || TG_TABLE_NAME) || TG_ARGV[1]::jsonb;
     key text;
     keys jsonb;
@@ -67,7 +67,11 @@ BEGIN
         keyed := jsonb_build_array(TG_TABLE_NAME) || keyed;
     END IF;
     IF TG_OP <> 'TRUNCATE' THEN
-        EXECUTE 'SELECT count(*) FROM (SELECT FROM ' || source || ' LIMIT {MOST + 1}) AS changed' INTO written;
+        IF TG_OP = 'DELETE' THEN
+            SELECT count(*) INTO written FROM (SELECT FROM overdrive_old LIMIT {MOST + 1}) AS changed;
+        ELSE
+            SELECT count(*) INTO written FROM (SELECT FROM overdrive_new LIMIT {MOST + 1}) AS changed;
+        END IF;
         IF written = 0 THEN
             RETURN NULL;
         ELSIF TG_OP = 'INSERT' THEN
