@@ -61,6 +61,8 @@ def test_defaults() -> None:
             "mode": "on",
             "verify": 0,
             "off": (),
+            "listen": False,
+            "direct_url": None,
         },
         "log": {
             "events": True,
@@ -112,6 +114,8 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "CACHE__MODE": "shadow",
         "CACHE__VERIFY": 0.5,
         "CACHE__OFF": '["/one", "/two"]',
+        "CACHE__LISTEN": True,
+        "CACHE__DIRECT_URL": "postgresql://direct/x",
         "LOG__EVENTS": False,
         "LOG__REQUEST_ID_HEADER": "x-id",
         "LOG__TRUST_REQUEST_ID": True,

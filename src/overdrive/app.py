@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, FastAPI, Request
-from sqlalchemy import URL, Engine, QueuePool
+from sqlalchemy import URL, Engine, NullPool, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
@@ -27,6 +27,7 @@ from .log.handler import LogHandler
 from .log.logger import BindingLogger
 from .metrics import Exporter, Reading, instrument, of_cache, of_log, of_pages, of_pool, of_source
 from .pool.engine import capacity_of, create_engine, create_sync_engine, password_of, prepare
+from .pool.listener import Listener
 from .pool.observe import Observation, observe
 from .pool.pool import FairPool
 from .pool.session import Sessions, SyncSessions
@@ -110,6 +111,9 @@ class Overdrive:
             self._observe(sync_engine, "default")
             self._sync_sessions["default"] = SyncSessions.of(sync_engine, self._sync_session_class)
 
+        self._listeners = self._listening() if self.settings.cache.listen else ()
+        self.cache.invalidator.listeners = self._listeners
+
         self.readiness = Readiness(self.engine, self.settings.admission)
         self.installation = Installation.of(app)
         self.installation.serve(self)
@@ -143,6 +147,18 @@ class Overdrive:
         if (capacity := capacity_of(pool)) is not None and isinstance(pool, FairPool | QueuePool):
             observation.admission = self.admission.gate(name, pool.size(), capacity)
         self._observations.append(observation)
+
+    def _listening(self) -> tuple[Listener, ...]:
+        """Return who listens to each PostgreSQL database; where nobody would, the default engine's refusal says why."""
+        settings = self.settings
+        shared_by = settings.redis_url and f"{settings.redis_url} {settings.cache.prefix}"
+        reached = {name: each for name, each in self.engines.items() if each.dialect.name == "postgresql"}
+        if settings.cache.direct_url is not None:
+            reached["default"] = create_engine(settings.cache.direct_url, poolclass=NullPool)
+        return tuple(
+            Listener(engine, name, self.cache.invalidator, self.cache.clear, shared_by)
+            for name, engine in (reached or self.engines).items()
+        )
 
     # Sessions
 
@@ -201,6 +217,8 @@ class Overdrive:
         self._loop = loop
         for observation in self._observations:
             observation.loop = loop
+        for listener in self._listeners:
+            listener.start()
         for handler in _log_handlers():
             handler.reopen()
         if self._exporter is not None:
@@ -209,6 +227,8 @@ class Overdrive:
     async def aclose(self) -> None:
         """Close what Overdrive has opened, and write what is logged from now on at once."""
         await self.cache.refreshes.aclose()
+        for listener in self._listeners:
+            await listener.aclose()
         for engine in self._owned:
             await engine.dispose()
         for sync_engine in self._owned_sync:

@@ -1,25 +1,28 @@
-"""The command line: `overdrive demo`, `inspect`, `explain`, `off`, `on` and `doctor`.
+"""The command line: `overdrive demo`, `inspect`, `explain`, `off`, `on`, `doctor` and `triggers`.
 
 What an extra brings is imported where it is needed, so that a missing one is named instead of a module.
 """
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args
 
 from fastapi import FastAPI
+from sqlalchemy import Connection, MetaData
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from .app import Overdrive
 from .cache.store import StoreUnavailable
 from .cache.trust import EVERYTHING, is_known, requests, template_of
 from .config import Settings
@@ -30,10 +33,14 @@ from .errors import ConfigurationError
 from .inspection import Inspection, explain, inspected, overdrive_of
 from .log.handler import LogHandler
 from .pool.engine import create_engine, ping
+from .pool.outside import Database, explained, installation, keys_of, removal, run
+from .pool.triggers import Announced, Via, via_of
 from .routes import sites
 
 if TYPE_CHECKING:
     import typer
+
+T = TypeVar("T")
 
 _DEMO_DATABASE = "sqlite:///overdrive-demo.sqlite"
 
@@ -198,6 +205,7 @@ def _commands() -> "typer.Typer":
             print("\n\n".join(filter(None, [setup.as_text(), report.as_text()])))
         sys.exit(1 if setup.findings else status)
 
+    app.add_typer(_trigger_commands(), name="triggers")
     return app
 
 
@@ -419,6 +427,145 @@ def _told_off(names: list[str]) -> str:
         others = [name for name in names if name != EVERYTHING]
         return "off now: the whole cache" + (f", and by themselves {', '.join(others)}" if others else "")
     return f"off now: {', '.join(names) or 'nothing'}"
+
+
+# triggers
+
+
+def _trigger_commands() -> "typer.Typer":
+    import typer
+
+    triggers = typer.Typer(
+        help="Have PostgreSQL tell of what others write: psql, other services, foreign keys.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    target_ = Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", show_default=False)]
+    url_ = Annotated[str | None, typer.Option("--database-url", help="PostgreSQL; else the app's.")]
+    table_ = Annotated[
+        list[str] | None, typer.Option("--table", metavar="NAME", help="users, or shop.users; may be repeated.")
+    ]
+    dry_ = Annotated[bool, typer.Option("--dry-run", help="Print the SQL, and execute none of it.")]
+    engine_ = Annotated[str, typer.Option(help="Which of the app's engines.")]
+
+    @triggers.command()
+    def install(
+        target: target_ = None,
+        database_url: url_ = None,
+        table: table_ = None,
+        via: Annotated[str, typer.Option(help="notify, or outbox for many commits a second.")] = "notify",
+        dry_run: dry_ = False,
+        engine: engine_ = "default",
+    ) -> None:
+        """Add triggers to the tables that the app's models know, or without an app to those on the search path."""
+        if via not in get_args(Via):
+            raise ConfigurationError(f"--via is {' or '.join(get_args(Via))}, and not {via!r}")
+        reach = _Reach(target, database_url, engine)
+
+        def statements(database: Database) -> list[str]:
+            return list(installation(database, reach.announced(database, table or []), cast(Via, via)))
+
+        reach.carry_out(statements, dry_run=dry_run)
+
+    @triggers.command()
+    def uninstall(
+        target: target_ = None,
+        database_url: url_ = None,
+        table: table_ = None,
+        dry_run: dry_ = False,
+        engine: engine_ = "default",
+    ) -> None:
+        """Take the triggers off all tables, and whatever belongs to them; or off some."""
+        reach = _Reach(target, database_url, engine)
+        reach.carry_out(lambda database: list(removal(database, table or [])), dry_run=dry_run)
+
+    @triggers.command()
+    def status(
+        target: target_ = None, database_url: url_ = None, table: table_ = None, engine: engine_ = "default"
+    ) -> None:
+        """Say of each table whether it has its triggers; the exit status is 1 where not all would tell."""
+        reach = _Reach(target, database_url, engine)
+
+        def look(connection: Connection) -> tuple[list[tuple[str, ...]], dict[str, str | None], str]:
+            database = Database(connection)
+            found = reach.announced(database, table or [])
+            rows: list[tuple[str, ...]] = [
+                (f"{each.schema}.{each.name}", database.state(each), ", ".join(each.key)) for each in found
+            ]
+            return rows, database.functions, database.setting("session_replication_role")
+
+        rows, functions, role = asyncio.run(reach.run(look))
+        _table(("table", "triggers", "rows by"), rows)
+        ways = sorted({via_of(said) or "an unknown way" for said in functions.values()})
+        print(f"\nvia: {', '.join(ways) or 'nothing'}\nsession_replication_role: {role}")
+        if role == "replica":
+            print("With this role no trigger fires: whoever sets it has to say NOTIFY overdrive when all is written.")
+        sys.exit(role == "replica" or any(state != "installed" for _, state, _ in rows))
+
+    return triggers
+
+
+class _Reach:
+    """The database that triggers are for, and the tables that its models know.
+
+    Raises `ConfigurationError` where neither an app nor a URL says which it is.
+    """
+
+    def __init__(self, target: str | None, database_url: str | None, engine: str) -> None:
+        if target is None and database_url is None:
+            raise ConfigurationError("which database? Give MODULE:APP, or --database-url postgresql://...")
+        self._keys: dict[str, tuple[str, ...]] | None = None
+        self._overdrive: Overdrive | None = None
+        if target is not None:
+            self._overdrive = overdrive_of(_app(target))
+            self._overdrive.sessions(engine)  # refuses an unknown name
+            # Models belong to no app: those count that it has imported.
+            self._keys = keys_of([each for each in gc.get_objects() if issubclass(type(each), MetaData)])
+            if not self._keys:
+                raise ConfigurationError(f"{target} imports no models: name the database alone, --database-url")
+        if database_url is not None:
+            self._engine = create_engine(database_url)
+        elif self._overdrive is not None:
+            self._engine = self._overdrive.engines[engine]
+
+    def announced(self, database: Database, only: list[str]) -> list[Announced]:
+        """Return the tables; models' tables that this database has not are told on stderr."""
+        there = {name for relation in database.relations.values() for name in relation.names}
+        if not only and (away := sorted((self._keys or {}).keys() - there)):
+            print(f"overdrive: not in this database: {', '.join(away)}", file=sys.stderr)
+        return database.announced(self._keys, only)
+
+    def carry_out(self, statements: Callable[[Database], list[str]], *, dry_run: bool) -> None:
+        """Execute statements in one transaction, or print them as psql takes them."""
+
+        def work(connection: Connection) -> list[str]:
+            planned = statements(Database(connection))
+            if not dry_run:
+                for sql in planned:
+                    run(connection, sql)
+                connection.commit()
+            return planned
+
+        planned = asyncio.run(self.run(work))
+        if not planned:
+            print("nothing is to be done", file=sys.stderr if dry_run else sys.stdout)
+        elif dry_run:
+            print("".join(f"{sql};\n" for sql in ("BEGIN", *planned, "COMMIT")), end="")
+        else:
+            print(f"done, in one transaction of {len(planned)} statements")
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Return what is done with a connection."""
+        try:
+            await ping(self._engine)
+            async with self._engine.connect() as connection:
+                with explained():
+                    return await connection.run_sync(work)
+        finally:
+            await self._engine.dispose()
+            if self._overdrive is not None:
+                await self._overdrive.aclose()
 
 
 # inspect, explain and doctor

@@ -91,6 +91,11 @@ class CacheSettings(BaseModel):
     verify: the share of hits, from 0 to 1, that are made anew and compared where `@cached()` names none.
     off: templates of routes that are off whatever they say, `/users/{user_id}`; as text a list of JSON, or one of
         names between commas.
+    listen: whether to hear what others write to PostgreSQL (psql, other services), where `overdrive triggers install`
+        has been run. It takes a connection a process, outside the pool; while nobody listens for longer than a
+        second, nothing is served from the cache.
+    direct_url: the database of the default engine for that connection, where between it and `database_url` stands a
+        pooler in transaction mode (PgBouncer), through which nothing can be heard.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -106,6 +111,8 @@ class CacheSettings(BaseModel):
     mode: Literal["on", "shadow", "off"] = "on"
     verify: float = Field(0, ge=0, le=1)
     off: Annotated[tuple[str, ...], NoDecode] = ()
+    listen: bool = False
+    direct_url: str | None = None
 
     @field_validator("off", mode="before")
     @classmethod

@@ -265,8 +265,10 @@ class Installation:
             self.runtime.readiness.state = "starting" if message == "lifespan.startup" else "draining"
 
     def started(self) -> None:
-        """Note that the app has started up."""
+        """Prepare what there is by now, before the first request: the app has started up."""
+        self.install()
         if self.runtime is not None:
+            self.runtime.enter_loop()
             self.runtime.readiness.begin()
 
     async def shut_down(self) -> None:

@@ -134,7 +134,6 @@ class Observer:
     async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                self._installation.install()
                 self._installation.started()
             elif message["type"] == "lifespan.shutdown.complete":
                 await self._installation.shut_down()

@@ -315,6 +315,8 @@ class Cache:
         Raises what that execution has raised, and `StoreUnavailable`.
         """
         await self.invalidator.catch_up()
+        if self.invalidator.is_deaf:
+            raise StoreUnavailable("nobody hears what others write to the database")
         if found is None and (near := self._near(key, fingerprint, route)) is not None:
             return near
         until: float | None = None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .store import Mark, Store, StoreUnavailable
 
@@ -30,6 +30,14 @@ class Write(NamedTuple):
     is_marked: bool
 
 
+class Listening(Protocol):
+    """Whoever hears of writes that no engine here sees."""
+
+    @property
+    def is_deaf(self) -> bool:
+        """Say whether there may be writes of which nobody has heard for too long."""
+
+
 class Invalidator:
     """Announces writes to a store, and remembers those it could not announce.
 
@@ -38,8 +46,8 @@ class Invalidator:
     strict: whether a commit returns only when the store has heard of its end. If not, a request in another process
         that began with that of the commit may share its answer for as long as the message takes.
 
-    It is the cache's side of `pool.observe.CommitObserver`. While a write is unannounced, this process takes
-    nothing from the store.
+    It is the cache's side of `pool.observe.CommitObserver`. While a write is unannounced, or one of those who listen
+    for others' writes is deaf, this process takes nothing from the store.
     """
 
     def __init__(self, store: Store, *, strict: bool = False) -> None:
@@ -50,11 +58,23 @@ class Invalidator:
         self._trying: asyncio.Task[None] | None = None
         #: The marks that may be lost, and whether it is known how their commits have ended.
         self._lost: dict[Mark, bool] = {}
+        #: Who listens for writes from outside.
+        self.listeners: tuple[Listening, ...] = ()
+
+    @property
+    def owes(self) -> bool:
+        """Say whether there are writes that the store has not been told of."""
+        return bool(self._unannounced)
+
+    @property
+    def is_deaf(self) -> bool:
+        """Say whether there may be writes from outside that nobody has heard of."""
+        return bool(self.listeners) and any(listener.is_deaf for listener in self.listeners)
 
     @property
     def is_behind(self) -> bool:
-        """Say whether there are writes that the store has not been told of."""
-        return bool(self._unannounced)
+        """Say whether nothing may be taken from the store, as far as this process knows."""
+        return self.owes or self.is_deaf
 
     async def before(self, writes: frozenset[str]) -> Write:
         """Mark what the commit will write."""
@@ -96,8 +116,8 @@ class Invalidator:
 
     async def _outlast(self) -> None:
         """Wait until the others have been told of all writes, or take nothing from the store for want of that."""
-        until = time.monotonic() + (self.store.withdraw() if self.is_behind else 0)
-        while self.is_behind and (left := until - time.monotonic()) > 0:
+        until = time.monotonic() + (self.store.withdraw() if self.owes else 0)
+        while self.owes and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _PAUSE))
             with suppress(StoreUnavailable):
                 await self.catch_up()
@@ -115,7 +135,7 @@ class Invalidator:
 
     async def _try_again(self) -> None:
         """Announce what is left over as soon as that can be done: until then nobody is served from the store."""
-        while self.is_behind:
+        while self.owes:
             await asyncio.sleep(_PAUSE)
             with suppress(StoreUnavailable):
                 await self.catch_up()

@@ -78,6 +78,7 @@ def _postgres_running(binaries: Path, directory: Path, lock: int, account: pwd.s
         # Tables are filled in the transaction that makes them, which then writes half as much.
         "wal_level": "minimal",
         "max_wal_senders": "0",
+        "max_prepared_transactions": "5",
     }
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [str(binaries / "postgres"), "-D", str(directory / "data"), *options]

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Delete, Integer, Join, Select, Table, Update, Uuid
+from sqlalchemy import Column, Delete, Integer, Join, Select, Table, Update, Uuid
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
@@ -22,7 +22,7 @@ from sqlalchemy.sql.selectable import AliasedReturnsRows
 from overdrive.context import OF_ROWS
 
 #: Rows of one table beyond which all of it is meant.
-_MOST = 50
+MOST = 50
 
 _CHANGING = frozenset(("CASCADE", "SET NULL", "SET DEFAULT"))
 
@@ -32,7 +32,7 @@ class Rows:
     """Rows of one table, by their primary key.
 
     table: its full name.
-    names: for each column of the key, the parameter with its value.
+    names: for each column of the key, in the order of the columns' names, the parameter with its value.
     types: the type of each value. Values of other types may be equal without looking alike.
     """
 
@@ -41,20 +41,32 @@ class Rows:
     types: tuple[type, ...]
 
     def tags(self, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str] | None:
-        """Return a tag for each row; None where a value is not what it should be, or there are too many.
-
-        There are 65,536 tags a table, as stores remember them: some rows share theirs.
-        """
-        if not 0 < len(parameters) <= _MOST:
+        """Return a tag for each row; None where a value is not what it should be, or there are too many."""
+        if not 0 < len(parameters) <= MOST:
             return None
         tags = set()
         for each in parameters:
             values = [each.get(name) for name in self.names]
             if not all(type(value) is type_ for value, type_ in zip(values, self.types, strict=True)):
                 return None
-            digest = blake2b(repr(values).encode(), digest_size=2).hexdigest()
-            tags.add(f"{self.table}{OF_ROWS}{digest}")
+            tags.add(tag_of_row(self.table, values))
         return frozenset(tags)
+
+
+def tag_of_row(table: str, key: list[Any]) -> str:
+    """Return the tag of a row.
+
+    key: its values in the order of their columns' names, which the database and models agree on.
+
+    There are 65,536 tags a table, as stores remember them: some rows share theirs.
+    """
+    return f"{table}{OF_ROWS}{blake2b(repr(key).encode(), digest_size=2).hexdigest()}"
+
+
+def key_of(table: Table) -> list[Column[Any]] | None:
+    """Return the columns whose values tell the rows of a table apart, in the order of their names."""
+    columns = sorted(table.primary_key, key=lambda column: column.name)
+    return columns if columns and all(_type_of(column) for column in columns) else None
 
 
 def condensed(tags: Collection[str]) -> set[str]:
@@ -62,7 +74,7 @@ def condensed(tags: Collection[str]) -> set[str]:
     rows: dict[str, set[str]] = {}
     for tag in tags:
         rows.setdefault(tag.partition(OF_ROWS)[0], set()).add(tag)
-    return {each for table, own in rows.items() for each in (own if len(own) <= _MOST else _of_all(table))}
+    return {each for table, own in rows.items() for each in (own if len(own) <= MOST else _of_all(table))}
 
 
 def _of_all(table: str) -> tuple[str, str]:
@@ -155,11 +167,11 @@ def _rows(table: Table, criteria: Iterable[Any], names: Mapping[Any, str]) -> Ro
     for column, parameter in _equalities(criteria):
         if table.c.contains_column(column) and parameter in names:
             equal[column.key] = names[parameter]
-    types = [_type_of(column) for column in table.primary_key]
-    keys = table.primary_key.columns.keys()
-    if not keys or None in types or not all(key in equal for key in keys):
+    key = key_of(table)
+    if key is None or not all(column.key in equal for column in key):
         return None
-    return Rows(table.fullname, tuple(equal[key] for key in keys), tuple(type_ for type_ in types if type_ is not None))
+    types = (_type_of(column) for column in key)
+    return Rows(table.fullname, tuple(equal[each.key] for each in key), tuple(type_ for type_ in types if type_))
 
 
 def _equalities(criteria: Iterable[Any]) -> Iterator[tuple[Any, BindParameter[Any]]]:
