@@ -96,8 +96,8 @@ class Invalidator:
 
     async def _outlast(self) -> None:
         """Wait until the others have been told of all writes, or take nothing from the store for want of that."""
-        until = time.monotonic() + (self.store.withdraw() if self.is_behind else 0)
-        while self.is_behind and (left := until - time.monotonic()) > 0:
+        until = time.monotonic() + (self.store.withdraw() if self._unannounced else 0)
+        while self._unannounced and (left := until - time.monotonic()) > 0:
             await asyncio.sleep(min(left, _PAUSE))
             with suppress(StoreUnavailable):
                 await self.catch_up()
@@ -115,7 +115,7 @@ class Invalidator:
 
     async def _try_again(self) -> None:
         """Announce what is left over as soon as that can be done: until then nobody is served from the store."""
-        while self.is_behind:
+        while self._unannounced:
             await asyncio.sleep(_PAUSE)
             with suppress(StoreUnavailable):
                 await self.catch_up()
