@@ -44,6 +44,12 @@ class Service:
         @app.get("/sleep-in-thread")
         def sleep_in_thread(db: SyncSessionDep) -> None:
             db.execute(text("SELECT pg_sleep(30)"))
+            self.runs += 1
+
+        @app.get("/read-in-thread")
+        def read_in_thread(db: SyncSessionDep) -> None:
+            db.execute(select(Item))
+            self.runs += 1
 
         @app.get("/stream")
         async def stream(db: SessionDep) -> StreamingResponse:
@@ -101,7 +107,7 @@ async def make(url: str, **pool: Any) -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def hurried(url: str) -> AsyncIterator[Service]:
-    async for service in make(url, deadline=0.15, deadline_header="X-Time"):
+    async for service in make(url, deadline=0.2, deadline_header="X-Time"):
         yield service
 
 
@@ -124,7 +130,21 @@ async def test_a_request_ends_with_its_time_and_so_does_what_the_database_does_f
 ) -> None:
     assert is_late(await call(hurried.app, path))
     await hurried.is_quiet()
-    assert (await call(hurried.app, "/count")).body == b"0"
+    assert hurried.runs == 0
+    async with hurried.overdrive.session() as db:
+        assert await db.scalar(select(func.count()).select_from(Item)) == 0
+
+
+async def test_a_plain_read_in_a_thread_ends_as_well(hurried: Service) -> None:
+    # The server says over the first connection what a plain read needs.
+    with hurried.overdrive.sync_session() as db:
+        await asyncio.to_thread(db.execute, select(Item))
+    with hurried.watcher.connect() as watcher:
+        watcher.execute(text("LOCK TABLE items"))
+        reading = asyncio.create_task(call(hurried.app, "/read-in-thread"))
+        await eventually(reading.done)
+    assert is_late(await reading)
+    assert hurried.runs == 0
 
 
 async def test_waiting_for_a_connection_takes_of_the_time(hurried: Service) -> None:

@@ -71,6 +71,7 @@ async def test_each_connection_asks_for_its_password(server_url: str, rotate: Ca
                 served += await one(engine)
             except Exception as error:  # of asyncpg's own, where it cannot connect
                 refused.append(error)
+                await asyncio.sleep(0.01)
 
     workers = [asyncio.create_task(work()) for _ in range(4)]
     for known in ("second", "third"):
