@@ -71,7 +71,7 @@ class Visit:
     def priority(self) -> Priority:
         """Return what its endpoint was marked with."""
         context = self.context
-        marked: Priority = getattr(self.scope.get("endpoint"), PRIORITY, "normal")
+        marked = _priority_of(self.scope.get("endpoint"))
         # Somebody has an answer already, or there is one to be had.
         spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
         return "low" if spared and marked == "normal" else marked
@@ -141,6 +141,11 @@ class _Waiting(Waiter):
     def _go_on(self) -> None:
         if not self.woken.done():
             self.woken.set_result(None)
+
+
+def _priority_of(endpoint: object) -> Priority:
+    priority: Priority = getattr(endpoint, PRIORITY, "normal")
+    return priority
 
 
 def _nothing() -> None:
@@ -295,7 +300,7 @@ class Admission:
         gate, share = self._needs.get(id(endpoint), (None, 0.0))
         if gate is None or share < _NEEDED:
             return None
-        return gate.refuse(visit, getattr(endpoint, PRIORITY, "normal"))
+        return gate.refuse(visit, _priority_of(endpoint))
 
     def reset(self) -> None:
         """Begin anew, on another event loop."""
