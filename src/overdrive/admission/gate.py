@@ -212,7 +212,8 @@ class Gate:
             # Another task of the same request was admitted meanwhile.
             self.queue.forgo(time.monotonic())
             return self._hold(visit)
-        return self._admitted(visit, time.monotonic())
+        # Its turn began when it was given, and not when this task has heard of it.
+        return self._admitted(visit, waiting.admitted)
 
     def refuse(self, visit: Visit, priority: Priority) -> OverloadedError | None:
         """Refuse a request that is not begun, if it would be refused."""
