@@ -67,7 +67,8 @@ def service_with_events() -> FastAPI:
 
 def overloaded() -> FastAPI:
     """Return an app whose five connections are busy for 50 ms each: it can answer 100 requests a second."""
-    app = _app(pool_size=5)
+    # Half of what the clients wait.
+    app = _app(pool_size=5, admission={"max_wait": 0.5})
 
     @app.get("/slow")
     async def slow(db: SessionDep) -> dict[str, str]:

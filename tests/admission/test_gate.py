@@ -223,6 +223,30 @@ async def test_sure_refusals_do_not_reach_their_route(served: Make) -> None:
     assert sum(answer.status_code == 200 for answer in answers) > 20
 
 
+async def test_streams_are_not_cut_off(served: Make) -> None:
+    app, overdrive = served(max_wait=0.01)
+    async with client(app) as http:
+        answers = await asyncio.gather(*(http.get("/stream") for _ in range(8)))
+    assert {answer.text for answer in answers} == {"chunkchunk"}
+    assert counts(overdrive)["admitted"] == 0
+
+
+async def test_request_that_has_given_its_connection_back_takes_nobodys_turn(served: Make) -> None:
+    app, _ = served()
+
+    @app.get("/calls-others")
+    async def calls_others(sessions: SessionFactoryDep) -> str:
+        async with sessions() as db:
+            await db.execute(select(1))
+        # One of these is longer than anybody may wait.
+        await asyncio.sleep(0.6)
+        return "done"
+
+    async with client(app) as http:
+        answers = await asyncio.gather(*(http.get("/calls-others") for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+
+
 async def test_what_was_begun_is_not_refused(served: Make) -> None:
     app, _ = served()
     begun = []
@@ -363,6 +387,26 @@ async def test_expired_copy_is_served_where_the_route_allows_it_and_made_anew(se
                 assert said["overdrive; hit; ttl=-5; detail=overloaded"] > 0
                 assert 503 in {answer.status_code for answer in answers if "slow" in answer.url.path}
                 await eventually(lambda: is_calm(overdrive))
+
+
+async def test_request_with_an_expired_copy_does_not_wait_while_a_delay_stands(served: Make, postgres_url: str) -> None:
+    app, overdrive = served()
+
+    @app.get("/kept")
+    @cached(ttl=10, stale_if_error=600)
+    async def kept(db: SessionDep) -> list[str]:
+        return list(await db.scalars(select(Item.name)))
+
+    with tables(postgres_url), caching(overdrive) as clock:
+        async with client(app) as http:
+            await http.get("/kept")
+            (gate,) = overdrive.admission._gates["default"]
+            gate.queue.at_work, gate.queue.stands = 2, True
+            clock.tick(15)
+            answer = await http.get("/kept")
+            gate.queue.at_work, gate.queue.stands = 0, False
+    assert answer.headers["cache-status"] == "overdrive; hit; ttl=-5; detail=overloaded"
+    assert counts(overdrive)["refused_late"] == 0
 
 
 async def test_what_is_sent_in_place_of_a_refusal_is_made_anew_behind_its_client(

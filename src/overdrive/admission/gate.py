@@ -71,7 +71,7 @@ class Visit:
     def priority(self) -> Priority:
         """Return what its endpoint was marked with."""
         context = self.context
-        marked: Priority = getattr(self.scope.get("endpoint"), PRIORITY, "normal")
+        marked = _priority_of(self.scope.get("endpoint"))
         # Somebody has an answer already, or there is one to be had.
         spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
         return "low" if spared and marked == "normal" else marked
@@ -143,6 +143,11 @@ class _Waiting(Waiter):
             self.woken.set_result(None)
 
 
+def _priority_of(endpoint: object) -> Priority:
+    priority: Priority = getattr(endpoint, PRIORITY, "normal")
+    return priority
+
+
 def _nothing() -> None:
     """Note that a connection is back that nobody counts."""
 
@@ -207,7 +212,8 @@ class Gate:
             # Another task of the same request was admitted meanwhile.
             self.queue.forgo(time.monotonic())
             return self._hold(visit)
-        return self._admitted(visit, time.monotonic())
+        # Its turn began when it was given, and not when this task has heard of it.
+        return self._admitted(visit, waiting.admitted)
 
     def refuse(self, visit: Visit, priority: Priority) -> OverloadedError | None:
         """Refuse a request that is not begun, if it would be refused."""
@@ -295,7 +301,7 @@ class Admission:
         gate, share = self._needs.get(id(endpoint), (None, 0.0))
         if gate is None or share < _NEEDED:
             return None
-        return gate.refuse(visit, getattr(endpoint, PRIORITY, "normal"))
+        return gate.refuse(visit, _priority_of(endpoint))
 
     def reset(self) -> None:
         """Begin anew, on another event loop."""

@@ -119,12 +119,13 @@ class Waiter:
     since: when it came.
     """
 
-    __slots__ = ("answer", "priority", "since")
+    __slots__ = ("admitted", "answer", "priority", "since")
 
     def __init__(self, priority: Priority, since: float) -> None:
         self.priority = priority
         self.since = since
-        #: True once it is admitted.
+        #: True once it is admitted, and since when.
+        self.admitted = 0.0
         self.answer: Refusal | bool | None = None
 
     def wake(self) -> None:
@@ -152,6 +153,7 @@ class Queue:
         self._waiting: dict[Priority, OrderedDict[Waiter, None]] = {each: OrderedDict() for each in PRIORITIES}
         #: Seconds a request has its connection.
         self._service = 0.0
+        self._done = 0
         self._last_done = 0.0
         self._refusing_since: float | None = None
 
@@ -190,7 +192,7 @@ class Queue:
             return self.max_wait
         if self.stands:
             return 0 if priority == "low" else min(_TURNS * takes, self.max_wait)
-        return max(takes / self.limit.current, self.max_wait - takes) / (2 if priority == "low" else 1)
+        return max(self.max_wait / 2, self.max_wait - takes) / (2 if priority == "low" else 1)
 
     def wait(self, waiter: Waiter, now: float) -> Refusal | None:
         """Put somebody in the queue, or say why not."""
@@ -213,7 +215,7 @@ class Queue:
         return refusal
 
     def _persevere(self, now: float) -> None:
-        """Note that somebody is refused; find out whether that has gone on for too long to be a burst."""
+        """Note that somebody is refused, or has waited in vain; find out if that goes on for too long to be a burst."""
         if self._refusing_since is None:
             self._refusing_since = now
         elif not self.stands and now - self._refusing_since >= _INTERVAL:
@@ -232,6 +234,8 @@ class Queue:
         self.refused["left"] += 1
         if waiter in self._waiting[waiter.priority]:
             del self._waiting[waiter.priority][waiter]
+            if now - waiter.since > self.max_wait / 2:
+                self._persevere(now)
             self._look(now)
         elif waiter.answer is True:
             self.forgo(now)
@@ -250,7 +254,9 @@ class Queue:
         """
         self.at_work -= 1
         self._last_done = now
-        self._service += (took - self._service) * (_SMOOTHING if self._service else 1)
+        self._done += 1
+        # The first ones, which open connections, are not to be remembered for long.
+        self._service += (took - self._service) * max(_SMOOTHING, 1 / self._done)
         self._serve(now)
 
     def tick(self, now: float) -> None:
@@ -259,6 +265,7 @@ class Queue:
             while queue and (oldest := next(iter(queue))).since + self.max_wait <= now:
                 del queue[oldest]
                 self._answer(oldest, Refusal("late"))
+                self._persevere(now)
         self._look(now)
 
     def due(self) -> float | None:
@@ -278,6 +285,7 @@ class Queue:
         while self.at_work < self.limit.current and (queue := self._next()):
             waiter, _ = queue.popitem(last=self._is_late(next(iter(queue)), now))
             self._begin(now)
+            waiter.admitted = now
             self._answer(waiter, True)
         self._look(now)
 
