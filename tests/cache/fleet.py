@@ -24,7 +24,7 @@ from redis.asyncio import Redis as AsyncRedis
 from support import eventually
 
 from overdrive import Overdrive, cached
-from overdrive.cache import flight, member, redis
+from overdrive.cache import flight
 
 #: Redis' keys: who has run the endpoint, and whether it may answer.
 RAN, OPEN = "fleet:ran", "fleet:open"
@@ -153,9 +153,8 @@ def application(redis_url: str, database: str) -> Any:
 
 
 def main(listener: str, redis_url: str, database: str) -> None:
-    # A machine that is busy with thousands of requests is not a Redis that is late, nor a leader that is dead.
-    redis._PATIENCE, redis._DEADLINE, redis._LEASE, flight._PATIENCE = 5.0, 10.0, 5000, 120.0
-    member._LEASE = 3600.0
+    # The endpoint is held until all requests are there.
+    flight._PATIENCE = 120.0
     config = uvicorn.Config(application(redis_url, database), fd=int(listener), log_level="error", backlog=4096)
     uvicorn.Server(config).run()
 

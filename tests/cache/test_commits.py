@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from cache.exchanges import ITEMS, ask
 from cache.service import serve
-from support import eventually, names
+from redis import Redis
+from support import eventually, names, tables
 
 from overdrive.cache.cache import Cache
 from overdrive.cache.cluster import store_at
@@ -255,3 +257,41 @@ async def test_a_process_that_is_killed_at_its_commit_leaves_nothing_stale(postg
         assert names(service.database) == ["first", "new"]
         for _ in range(3):
             assert (await service.get()).json() == ["first", "new"]
+
+
+SCRIPT = """
+import os, sys
+from sqlalchemy import insert
+from support import Item
+from overdrive.cache.cache import Cache
+from overdrive.cache.redis import RedisStore
+from overdrive.pool.engine import create_sync_engine
+from overdrive.pool.observe import observe
+engine = create_sync_engine(sys.argv[1])
+store = RedisStore(sys.argv[2], "test")
+observe(engine, "default", Cache(store).invalidator)
+def write():
+    with engine.begin() as connection:
+        connection.execute(insert(Item).values(name="x"))
+for _ in range(5):
+    write()
+engine.dispose()
+child = os.fork()
+write()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+    print(store.trips)
+"""
+
+
+def test_a_scripts_commits_share_a_connection_and_a_forked_childs_have_theirs(redis_url: str, sqlite_url: str) -> None:
+    with tables(sqlite_url) as database, Redis.from_url(redis_url) as redis:
+        connected = redis.info("stats")["total_connections_received"]
+        arguments = [sqlite_url.replace("+aiosqlite", ""), redis_url]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", SCRIPT, *arguments]
+        script = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60)
+        # Two for each process: its commits' and its lease's.
+        assert redis.info("stats")["total_connections_received"] - connected == 4, script.stderr
+        assert int(redis.get("test:clock").split()[1]) == 7 * 2
+        assert len(names(database)) == 7

@@ -53,6 +53,9 @@ logger = logging.getLogger("overdrive")
 #: Seconds a look-up waits for Redis before it goes on without; the database answers sooner than a dead cache.
 _PATIENCE = 0.05
 
+#: How often in a row a loop that is held up is no reason to call Redis late.
+_MOST_EXCUSES = 10
+
 #: Seconds of silence after which Redis is given up; a write should reach the other workers if it can.
 _DEADLINE = 0.5
 
@@ -206,8 +209,8 @@ _NEAR_LEASE = 1.0
 _NEAR_RENEWAL = 0.3
 
 #: Milliseconds a lease outlives its holder, and seconds between the renewals while one is held. A loop that a crowd
-#: of thousands holds up for a second is not dead.
-_LEASE = 2000
+#: of thousands holds up for some seconds is not dead.
+_LEASE = 5000
 _RENEWAL = 0.3
 
 # KEYS: leases...  ARGV: milliseconds, the token of each.
@@ -1007,7 +1010,10 @@ class _Connection(asyncio.Protocol):
         self._reader = Reader(notEnoughData=_NOT_ALL)
         self._trips: deque[_Trip] = deque()
         self._heard = 0.0
+        #: What looks whether Redis is late, when that is due, and how often it was put off since Redis was heard.
         self._watch: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._excuses = 0
         self._closing = False
         #: Whether Redis owes an answer for longer than a look-up waits for one.
         self.late = False
@@ -1037,7 +1043,7 @@ class _Connection(asyncio.Protocol):
         now = self._loop.time()
         self._trips.append(_Trip(now, deliver, patient))
         if self._watch is None:
-            self._watch = self._loop.call_at(now + _PATIENCE, self._judge)
+            self._watch_until(now + _PATIENCE)
         self._transport.write(pack_command(command))  # type: ignore[arg-type]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -1046,7 +1052,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand out the replies that are complete."""
-        self._heard = self._loop.time()
+        self._heard, self._excuses = self._loop.time(), 0
         self._reader.feed(data)
         try:
             while (reply := self._reader.gets()) is not _NOT_ALL:
@@ -1083,6 +1089,11 @@ class _Connection(asyncio.Protocol):
         if not self._trips:
             return
         now, sent = self._loop.time(), self._trips[0].sent
+        if now - self._due >= _PATIENCE / 2 and self._excuses < _MOST_EXCUSES:
+            # It is the loop that was held up, by a crowd of requests, say; and the machine, it may be.
+            self._excuses += 1
+            self._watch_until(now + _PATIENCE)
+            return
         heard = max(sent, self._heard)
         if now - heard >= _DEADLINE:
             self.close(f"Redis has not answered for {_DEADLINE:g} s")
@@ -1093,7 +1104,11 @@ class _Connection(asyncio.Protocol):
             self.late = True
             self._link.fell_behind()
             self._fail_look_ups()
-        self._watch = self._loop.call_at((now if self.late else since) + _PATIENCE, self._judge)
+        self._watch_until((now if self.late else since) + _PATIENCE)
+
+    def _watch_until(self, due: float) -> None:
+        self._due = due
+        self._watch = self._loop.call_at(due, self._judge)
 
     def _fail_look_ups(self) -> None:
         for trip in self._trips:

@@ -107,7 +107,7 @@ class Store(Protocol):
 
         token: whose the lease is to be; empty to see only whose it is.
 
-        Whoever holds the lease keeps it while its process lives, and for two seconds at most after that. None where no
+        Whoever holds the lease keeps it while its process lives, and for five seconds at most after that. None where no
         other process shares the store, and there is nobody to agree with.
         """
 

@@ -12,7 +12,6 @@ import enum
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -30,7 +29,7 @@ from .holders import team_lines
 from .pool import FairPool
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of
-from .tasks import to_the_end
+from .tasks import loop_beside, to_the_end
 
 T = TypeVar("T")
 
@@ -508,14 +507,11 @@ def _streams(context: ExecutionContext) -> bool:
 
 
 def _run_from_thread(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | None) -> T:
-    """Run `coroutine` for code that cannot await: on the serving loop from a thread, else on a loop of its own."""
+    """Run `coroutine` for code that cannot await: on the loop that serves, or on one for all of these."""
     try:
         here: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
     except RuntimeError:
         here = None
-    if loop is not None and loop.is_running() and here is not loop:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-    if here is None:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+    if loop is None or not loop.is_running() or here is loop:
+        loop = loop_beside()
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result()

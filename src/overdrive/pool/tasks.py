@@ -1,9 +1,11 @@
-"""Work that goes on when the task that asked for it is cancelled."""
+"""Work that goes on when the task that asked for it is cancelled, and work for those who have no event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -36,3 +38,30 @@ async def to_the_end(coroutine: Coroutine[Any, Any, T]) -> T:
 def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("work that outlived its cancelled request failed", exc_info=error)
+
+
+_beside: asyncio.AbstractEventLoop | None = None
+_making = threading.Lock()
+
+
+def loop_beside() -> asyncio.AbstractEventLoop:
+    """Return a loop that runs in a thread of its own as long as this process does: what is opened on it lasts.
+
+    A script, or a worker of Celery, has no other.
+    """
+    global _beside
+    with _making:
+        if _beside is None:
+            _beside = asyncio.new_event_loop()
+            threading.Thread(target=_beside.run_forever, name="overdrive-beside", daemon=True).start()
+        return _beside
+
+
+def _begin_anew() -> None:
+    """Have a loop of its own in a forked child, which has inherited no threads."""
+    global _beside, _making
+    _beside, _making = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
