@@ -48,14 +48,21 @@ U1, U2 = UUID(int=1), UUID(int=2)
 def connection(postgres_url: str) -> Iterator[Connection]:
     engine = outside(postgres_url)
     with engine.connect() as connection:
-        run(connection, "DROP SCHEMA public CASCADE; DROP SCHEMA IF EXISTS shop CASCADE")
-        run(connection, "CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC")
+        empty(connection)
         for sql in SCHEMA.split(";\n"):
             if sql.strip():
                 run(connection, sql)
         connection.commit()
         yield connection
+        connection.rollback()
+        empty(connection)
+        connection.commit()
     engine.dispose()
+
+
+def empty(connection: Connection) -> None:
+    run(connection, "DROP SCHEMA public CASCADE; DROP SCHEMA IF EXISTS shop CASCADE")
+    run(connection, "CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC")
 
 
 def url_of(connection: Connection) -> str:
