@@ -245,7 +245,9 @@ def _serve_demo(listener: socket.socket, users: int, **urls: str | None) -> None
 
 
 def _demo_settings(**urls: str | None) -> Settings:
-    settings = Settings.load(**{name: url for name, url in urls.items() if url is not None})
+    given = {name: url for name, url in urls.items() if url is not None}
+    # Nobody else writes to it.
+    settings = Settings.load(**given, pagination={"cache_totals": True})
     if "database_url" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"database_url": _DEMO_DATABASE})

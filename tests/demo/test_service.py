@@ -143,7 +143,7 @@ def serving(directory: Path, *options: str) -> Iterator[str]:
 
 def answers(address: str) -> bool:
     try:
-        return httpx2.get(f"{address}/healthz").status_code == 200
+        return httpx2.get(f"{address}/ready").status_code == 200
     except httpx2.TransportError:
         return False
 
@@ -324,7 +324,7 @@ def test_log_lines_carry_the_id_of_the_response(service: Service) -> None:
 
 
 def test_health(service: Service) -> None:
-    assert service.get("/healthz") == {"status": "ok"}
+    assert service.http.get("/ready").status_code == 200
 
 
 def test_documentation(service: Service) -> None:

@@ -25,6 +25,7 @@ from overdrive import (
     SyncSessionDep,
     bind,
     cached,
+    health_router,
     paginate,
 )
 
@@ -124,12 +125,6 @@ class Logged(BaseModel):
 
     fields: dict[str, str]
     lines: list[str]
-
-
-class Health(BaseModel):
-    """The state of the service."""
-
-    status: str
 
 
 # Users
@@ -268,13 +263,6 @@ async def log(till: Text = "north") -> Any:
     return {"fields": {"till": till}, "lines": ["the till is open", "the till is low on change", "the till is stuck"]}
 
 
-@router.get("/healthz", response_model=Health)
-async def health(db: SessionDep) -> Any:
-    """Say whether the database answers."""
-    await db.execute(select(1))
-    return {"status": "ok"}
-
-
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
 def home(request: Request) -> str:
     """Say what this is, with commands for the very address it was asked at."""
@@ -288,6 +276,8 @@ def create_app(settings: Settings) -> FastAPI:
     Raises `ConfigurationError` for a setting that cannot work.
     """
     app = FastAPI(title="Overdrive's reference service", description="A small shop: users, products and orders.")
-    Overdrive(app, settings=settings)
+    overdrive = Overdrive(app, settings=settings)
     app.include_router(router)
+    app.include_router(health_router)
+    app.include_router(overdrive.metrics_router())
     return app
