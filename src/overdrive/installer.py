@@ -28,7 +28,7 @@ from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import CacheSettings, LogSettings, PaginationSettings, PoolSettings
+from .config import CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
@@ -83,7 +83,9 @@ class Installation:
         self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
         self.log = LogSettings(events=False)
-        self.pool = PoolSettings()
+        #: Seconds that a request has, and the header that gives it less.
+        self.deadline: float | None = None
+        self.deadline_header: bytes | None = None
         self.attempts = Attempts(stop_abandoned=False)
         #: What takes the events instead of the logger `overdrive.request`.
         self.events_to: BindingLogger | None = None
@@ -132,7 +134,9 @@ class Installation:
             self.cursor_keys = tuple(each.get_secret_value().encode() for each in settings.pagination.secrets)
         self.request_id_header = settings.log.request_id_header.lower().encode()
         self.log = settings.log
-        self.pool = settings.pool
+        self.deadline = settings.pool.deadline
+        if settings.pool.deadline_header is not None:
+            self.deadline_header = settings.pool.deadline_header.lower().encode()
         self.attempts = Attempts(stop_abandoned=settings.pool.stop_abandoned)
         self.events_to = runtime.events_to
 

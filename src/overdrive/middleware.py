@@ -290,7 +290,7 @@ def _new_id() -> str:
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
     trace = request_id = None
     trusted = installation.request_id_header if installation.log.trust_request_id else None
-    budget, budget_header = installation.pool.deadline, (installation.pool.deadline_header or "").lower().encode()
+    budget, budget_header = installation.deadline, installation.deadline_header
     for name, value in scope["headers"]:
         if name == b"traceparent":
             trace = _TRACEPARENT.fullmatch(value)

@@ -11,7 +11,6 @@ import functools
 import logging
 import mmap
 import os
-import struct
 import tempfile
 import threading
 import time
@@ -29,7 +28,8 @@ logger = logging.getLogger("overdrive")
 #: Seconds between two looks whether those who were there have gone, and whether the file is still the one.
 _LOOK_INTERVAL = 0.5
 
-_NUMBER = struct.Struct("=Q")
+#: Bytes of the number.
+_SIZE = 8
 #: What is locked of the file: by everybody who is there, and by whoever is just coming.
 _THERE, _COMING = 0, 1
 
@@ -65,18 +65,19 @@ class Neighbours:
             os.close(self._fd)
             self._fd = None
         self._lock = threading.Lock()
-        self._shared: mmap.mmap | bytes = b""
-        #: The number at the last look, the same if nobody else was there then, and when to look again.
-        self._known: bytes | None = None
-        self._alone: bytes | None = None
+        #: The number as it is now, what it was at the last look, the same if nobody else was there then, and when to
+        #: look again.
+        self._number: memoryview[int] | tuple[int] = (0,)
+        self._known: int | None = None
+        self._alone: int | None = None
         self._look_at = 0.0
 
-    def alone_since(self) -> bytes | None:
+    def alone_since(self) -> int | None:
         """Return what stays the same for as long as this process is alone; None while it is not.
 
         The first call lets the others know that it is there. Raises `OSError` where it cannot.
         """
-        if self._shared[:8] != self._known or time.monotonic() >= self._look_at:
+        if self._number[0] != self._known or time.monotonic() >= self._look_at:
             with self._lock:
                 self._look()
         return self._alone
@@ -95,10 +96,8 @@ class Neighbours:
                     fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _THERE)
                     if self._is_here(self._fd):
                         os.unlink(self._path)
-                fd, shared = self._fd, self._shared
-                self._fd, self._shared, self._known = None, b"", None
-                if isinstance(shared, mmap.mmap):
-                    shared.close()
+                fd, self._fd = self._fd, None
+                self._number, self._known = (0,), None
                 os.close(fd)
 
     def _look(self) -> None:
@@ -107,13 +106,13 @@ class Neighbours:
             os.close(self._fd)
             self._fd = None
         if self._fd is None:
-            self._fd, self._shared = self._join()
+            self._fd, self._number = self._join()
         # Whoever comes after this has changed the number.
-        self._known = bytes(self._shared[:8])
+        self._known = self._number[0]
         self._alone = self._known if self._is_alone(self._fd) else None
         self._look_at = time.monotonic() + _LOOK_INTERVAL
 
-    def _join(self) -> tuple[int, mmap.mmap]:
+    def _join(self) -> tuple[int, memoryview[int]]:
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             fcntl.lockf(fd, fcntl.LOCK_SH, 1, _THERE)
@@ -121,14 +120,13 @@ class Neighbours:
                 break
             # The last one has taken it along, just now.
             os.close(fd)
-        os.ftruncate(fd, _NUMBER.size)
-        shared = mmap.mmap(fd, _NUMBER.size)
+        os.ftruncate(fd, _SIZE)
+        number = memoryview(mmap.mmap(fd, _SIZE)).cast("Q")
         fcntl.lockf(fd, fcntl.LOCK_EX, 1, _COMING)
-        (number,) = _NUMBER.unpack(shared[:8])
         # No number is ever that of a former file.
-        shared[:8] = _NUMBER.pack((number or time.time_ns()) + 1)
+        number[0] = (number[0] or time.time_ns()) + 1
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, _COMING)
-        return fd, shared
+        return fd, number
 
     def _is_here(self, fd: int) -> bool:
         try:
@@ -164,25 +162,29 @@ class LoneStore(MemoryStore):
         workers = os.environ.get("WEB_CONCURRENCY", "")
         self._is_one_of_several = workers.isdecimal() and int(workers) > 1
         self._is_alone = not self._is_one_of_several
-        self._alone_since: list[bytes | None] = [b""] * len(self._neighbours)
+        #: Who may be there, and what each has said at the last look.
+        self._alone_since = self._unknown()
         self._why = _SAID
         self._said = False
 
     def is_alone(self) -> bool:
         """Say whether no other process can outdate anything; where one could have until now, all is forgotten."""
         try:
-            for each, since in zip(self._neighbours, self._alone_since, strict=True):
+            for each, since in self._alone_since:
                 if each.alone_since() != since:
                     self._look()
                     break
         except OSError as error:
-            self._is_alone, self._alone_since = False, [b""] * len(self._neighbours)
+            self._is_alone, self._alone_since = False, self._unknown()
             self._why = _UNKNOWN % error
         return self._is_alone
 
+    def _unknown(self) -> list[tuple[Neighbours, int | None]]:
+        return [(each, -1) for each in self._neighbours]
+
     def _look(self) -> None:
-        self._alone_since = [each.alone_since() for each in self._neighbours]
-        self._is_alone = not self._is_one_of_several and None not in self._alone_since
+        self._alone_since = [(each, each.alone_since()) for each in self._neighbours]
+        self._is_alone = not self._is_one_of_several and all(since is not None for _, since in self._alone_since)
         self._why = _SAID
         if self._is_alone:
             self.begin_anew()
