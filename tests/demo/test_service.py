@@ -345,6 +345,7 @@ def test_every_command_of_the_page_works(service: Service, tmp_path: Path) -> No
     # The page tells a story that begins with nothing cached.
     service.http.post("/products/prices", json={"category": "books", "percent": 0}).raise_for_status()
     service.http.patch("/users/42", json={"name": "Unknown"}).raise_for_status()
+    service.get("/users/1")
     before = seen(service, 42)
     service.http.patch("/users/42", json={"name": "Known"}).raise_for_status()
 
