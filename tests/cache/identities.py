@@ -649,7 +649,7 @@ async def _tell(world: World, steps: list[list[Ask]], chosen: list[Settings], ta
                     # Asked before there was anything to answer with.
                     pass
                 elif ask.method == "HEAD" and answer.status == 405:
-                    # Public for those who ask somebody whom they have not declared, it is not cached, and the sample's is.
+                    # What asks somebody it has not declared is not cached; the sample asks nobody, and is.
                     assert "x-cache" not in answer.headers
                 elif ask.method == "HEAD" and answer.status != 304:
                     assert answer.status == right.status, f"{world}\n{ask}\n{answer}\n{right}"
