@@ -44,3 +44,17 @@ def test_values() -> None:
                 assert http.get("/prices/100?currency=EUR").json() == 100 * rate
                 assert http.get("/summary").json() == {"count": 2, "highest": max(rate, 1)}
         assert http.get("/prices/100?currency=XXX").json() is None
+
+
+def test_operations() -> None:
+    from examples import operations
+
+    with cached(operations.overdrive), TestClient(operations.app) as http:
+        assert [http.get(path).status_code for path in ("/live", "/ready")] == [200, 200]
+        assert [http.post("/orders").json() for _ in range(2)] == [1, 2]
+        assert [http.get("/orders/count").json() for _ in range(2)] == [2, 2]
+        late = http.get("/slow", headers={"x-timeout-ms": "200"})
+        assert (late.status_code, late.json()["code"]) == (503, "deadline_exceeded")
+        metrics = http.get("/metrics").text
+        assert "db_client_connection_count{" in metrics
+        assert "overdrive_cache" in metrics
