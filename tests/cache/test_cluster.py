@@ -298,7 +298,7 @@ async def test_a_replica_that_has_not_heard_of_a_write_brings_no_entry_back(
     cache, node = Cache(store), cluster.nodes[0]
     await cache.invalidate("items")
     await ask(cache)
-    old = {name: node.get(name) for name in node.scan_iter("{test}:*")}
+    old = {name: node.get(name) for name in node.scan_iter("{test}:*", _type="string")}
     await cache.invalidate("items")
     node.mset({name: value for name, value in old.items() if value is not None})
     node.execute_command("DEBUG", "CHANGE-REPL-ID")

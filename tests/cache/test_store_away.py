@@ -177,7 +177,7 @@ async def test_a_write_that_redis_did_not_hear_of_is_never_served_over(
     """The old entry is there all the time, with every stamp as it was."""
     assert await service.marks("/names", "/names") == ["miss", "hit"]
 
-    async def lost(_tags: Any) -> None:
+    async def lost(*_write: Any) -> None:
         raise StoreUnavailable("lost on the way")
 
     with monkeypatch.context() as patch:

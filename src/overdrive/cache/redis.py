@@ -3,7 +3,7 @@
 Under the prefix lie `clock` (the epoch and the number of writes, in one string, so that they vanish together),
 `tag:*` (the write a tag was last named by, and behind it the marks for which it is pending), `entry:*`, `lease:*` (who
 is making an entry), `off` (what is switched off, a line each), `counts` (of all workers, a hash), `members` and
-`trusted` (see `member`) and `history` (which server these are of).
+`trusted` (see `member`), `history` (which server these are of) and `writers` (the last writes, see `history`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from overdrive.errors import ConfigurationError
 from . import connection as wire
 from .connection import Address, RedisError, ReplyError, blocking_connection, code_of, without_secrets
 from .entry import Entry, Instant, decode, encode
+from .history import Written
 from .link import IS_CLUSTER, LEASE, REDIRECTIONS, Answer, Link, Route, instant_of, stamp_in
 from .member import Connection, Member
 from .near import Near
-from .scripts import ADD, CLEAR, RELEASE, SAME_HISTORY, STAMP, SWITCH, VERSIONS, Script
+from .scripts import ADD, CLEAR, HISTORY, RELEASE, SAME_HISTORY, STAMP, SWITCH, VERSIONS, Script
 from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, StoreUnavailable
 
 #: Keys whose entries' tags are remembered, to be asked for together with the entry.
 _REMEMBERED = 10_000
+
+#: What is remembered of a write: the clock and the names of the tags, milliseconds of Redis' clock, and who wrote.
+_lines = msgspec.msgpack.Decoder(tuple[list[str], int, str])
 
 #: Seconds the counts are kept after they were last added to.
 _DAY = 86_400
@@ -58,6 +62,7 @@ class RedisStore:
         self._switches = f"{self._together}:off"
         self._counts = f"{self._together}:counts"
         self._history = f"{self._together}:history"
+        self._writers = f"{self._together}:writers"
         self._members = f"{self._together}:members"
         self._trusted = f"{self._together}:trusted"
         self.channel = f"{self._together}:writes"
@@ -134,7 +139,7 @@ class RedisStore:
             await connection.closed
 
     def _beginning(self) -> tuple[str | int, ...]:
-        return "EVAL", VERSIONS.text, 2, self._clock, self.channel, secrets.token_hex(8)
+        return "EVAL", VERSIONS.text, 3, self._clock, self._writers, self.channel, secrets.token_hex(8)
 
     async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
         """Send commands on a connection of their own, whether the breaker is open or not."""
@@ -271,14 +276,14 @@ class RedisStore:
             if (near := self._link().near) is not None:
                 near.drop(key)
 
-    async def bump(self, tags: Collection[str]) -> None:
+    async def bump(self, tags: Collection[str], writer: str = "") -> None:
         """Move the clock, and stamp `tags` with it."""
-        await self._stamp(tags)
+        await self._stamp(tags, writer)
 
     async def mark(self, mark: Mark) -> None:
         """Move the clock, stamp the tags with it, and have them pending."""
         try:
-            await self._stamp(mark.tags, mark.token, int(LONGEST_COMMIT * 1000))
+            await self._stamp(mark.tags, mark.writer, mark.token, int(LONGEST_COMMIT * 1000))
         except asyncio.CancelledError:
             # It may have been made, and its commit will not be sent.
             self.settle(mark)
@@ -287,12 +292,21 @@ class RedisStore:
     def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
         """Move the clock, stamp the tags with it, and have them pending for this mark no longer."""
         # Who has made the mark has sent the script.
-        return self._link().post("EVALSHA", STAMP.digest, *self._arguments(mark.tags, mark.token, 0))
+        return self._link().post("EVALSHA", STAMP.digest, *self._arguments(mark.tags, mark.token, 0, ""))
 
-    async def _stamp(self, tags: Collection[str], token: str = "", pending: int = 0) -> None:
-        clock = await self._run(STAMP, tags, token, pending, patient=True)
+    async def _stamp(self, tags: Collection[str], writer: str, token: str = "", pending: int = 0) -> None:
+        clock = await self._run(STAMP, tags, token, pending, writer, patient=True)
         if (near := self._link().near) is not None:
             near.wrote(instant_of(clock), tags)
+
+    async def history(self) -> list[Written]:
+        """Return the last writes, newest first."""
+        now, lines = await self._link().ask("EVAL", HISTORY, 1, self._writers)
+        return [self._written(line, now) for line in lines]
+
+    def _written(self, line: bytes, now: int) -> Written:
+        (clock, *names), then, writer = _lines.decode(line)
+        return Written(instant_of(clock.encode()), frozenset(self._tags_in(names)), writer, (now - then) / 1000)
 
     async def clear(self) -> None:
         """Begin a new epoch; entries of the old one leave with their time to live."""
@@ -391,7 +405,7 @@ class RedisStore:
         return await link.ask("EVAL", script.text, *arguments, patient=patient)
 
     def _arguments(self, tags: Collection[str], *values: str | int) -> tuple[str | int, ...]:
-        names = (self._clock, *self._names(tags).values(), self.channel)
+        names = (self._clock, *self._names(tags).values(), self._writers, self.channel)
         return (len(names), *names, secrets.token_hex(8), *values)
 
     def _link(self) -> Route:
@@ -408,7 +422,10 @@ class RedisStore:
     def heard(self, near: Near, payload: bytes) -> None:
         """Take note of a write that Redis tells of."""
         clock, *names = msgspec.msgpack.decode(payload, type=list[str])
-        near.hear(instant_of(clock.encode()), [name.removeprefix(f"{self._together}:tag:") for name in names])
+        near.hear(instant_of(clock.encode()), self._tags_in(names))
+
+    def _tags_in(self, names: Iterable[str]) -> list[str]:
+        return [name.removeprefix(f"{self._together}:tag:") for name in names]
 
 
 def _nothing() -> None:

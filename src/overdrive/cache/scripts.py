@@ -52,7 +52,7 @@ local function tell(told)
 end
 """
 
-# KEYS: clock, tags..., a channel. Returns the clock and the tags' stamps.
+# KEYS: clock, tags..., the last writes, a channel. Returns the clock and the tags' stamps.
 # A tag whose stamp was evicted gets the present one: entries that hold an older stamp stay invalid, and one that
 # holds this very stamp is right, since no write came after it. So does a tag whose stamp is ahead of the clock:
 # it is of an earlier epoch, and no fill could be older than it. A mark that has run out is a write that nobody has
@@ -60,7 +60,7 @@ end
 # stamp it had, and nobody need hear of the tag.
 VERSIONS = Script(f"""{_TAGS}
 local answer, over = {{}}, {{}}
-for i = 2, #KEYS - 1 do
+for i = 2, #KEYS - 2 do
     local value = redis.call('GET', KEYS[i])
     local open, expired = marks_of(value)
     local stamp = string.match(value or '', '^%d+')
@@ -86,24 +86,39 @@ answer[1] = clock
 return answer
 """)
 
-# KEYS: clock, tags..., a channel.  ARGV: an epoch, a mark's token if any, milliseconds for which it is pending: 0 where
-# it is settled. Returns the clock. Who listens is not told of the tags once more when they are settled.
+#: How many writes are remembered.
+_MOST_WRITES = 1000
+
+# KEYS: clock, tags..., the last writes, a channel.  ARGV: an epoch, a mark's token if any, milliseconds for which it is
+# pending: 0 where it is settled, and who writes. Returns the clock. Who listens is not told of the tags once more when
+# they are settled, and then nothing new is to be remembered. No write fails since it cannot be.
 STAMP = Script(f"""{_TAGS}
 move()
 local told, token, pending = {{clock}}, ARGV[2], tonumber(ARGV[3])
-for i = 2, #KEYS - 1 do
+local is_new = token == '' or pending > 0
+for i = 2, #KEYS - 2 do
     local marks = marks_of(redis.call('GET', KEYS[i]), token)
     if pending > 0 then
         marks = marks .. ' ' .. token .. '=' .. string.format('%.0f', milliseconds + pending)
     end
     redis.call('SET', KEYS[i], now .. marks)
-    if token == '' or pending > 0 then
+    if is_new then
         told[i] = KEYS[i]
     end
+end
+if is_new then
+    redis.pcall('LPUSH', KEYS[#KEYS - 1], cmsgpack.pack({{told, milliseconds, ARGV[4]}}))
+    redis.pcall('LTRIM', KEYS[#KEYS - 1], 0, {_MOST_WRITES - 1})
 end
 tell(told)
 return clock
 """)
+
+# KEYS: the last writes. Returns the milliseconds by now, and these, newest first.
+HISTORY = """
+local time = redis.call('TIME')
+return {time[1] * 1000 + math.floor(time[2] / 1000), redis.call('LRANGE', KEYS[1], 0, -1)}
+"""
 
 # KEYS: clock, history, channel.  ARGV: an epoch, should the history be another one: that of a server which restarted,
 # or of another one that has its place by now. Either may have forgotten the last writes.
