@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +112,17 @@ async def test_a_write_of_psql_is_seen(database: str, driver: str, via: Via) -> 
             await service.marks("/names")
             connection.execute("NOTIFY overdrive")
             await eventually_miss(service, "/names")
+
+
+async def test_what_triggers_tell_is_remembered_as_theirs(database: str, redis_url: str) -> None:
+    install(database)
+    async with listening(database, redis_url) as service:
+        await service.marks("/names")
+        with psql(database) as connection:
+            connection.execute("UPDATE items SET name = 'changed' WHERE id = 1")
+        await changed(service, "/names", ["first", "second"])
+        (written,) = await service.overdrive.cache.store.history()
+        assert (written.writer, "default/items" in written.tags) == ("triggers", True)
 
 
 async def eventually_miss(service: Service, path: str) -> None:
@@ -270,11 +280,11 @@ async def test_a_leader_that_cannot_tell_the_store_is_no_leader(
         assert isinstance(second, listener.Listener)
         assert (first.leads, second.leads) == (True, False)
 
-        async def refuse(_tags: Any) -> None:
+        async def refuse(*_write: Any) -> None:
             raise StoreUnavailable("cut off")
 
         one.overdrive.cache.store.bump = refuse  # type: ignore[method-assign]
-        one.overdrive.cache.store.clear = partial(refuse, ())  # type: ignore[method-assign]
+        one.overdrive.cache.store.clear = refuse  # type: ignore[method-assign]
         await other.marks("/names")
         with psql(database) as connection:
             connection.execute("UPDATE items SET name = 'one' WHERE id = 1")

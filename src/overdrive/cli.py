@@ -375,7 +375,8 @@ def _lines(findings: dict[str, Any]) -> Iterator[str]:
     for name, finding in findings.items():
         if name == "tags":
             for tag, versions in finding.items():
-                yield f"{'tag':<{width}}  {tag}: version {versions['then']} then, {versions['now']} now"
+                why = f"; {versions['why']}" if "why" in versions else ""
+                yield f"{'tag':<{width}}  {tag}: version {versions['then']} then, {versions['now']} now{why}"
         else:
             yield f"{name:<{width}}  {', '.join(finding) if isinstance(finding, list) else finding}"
 

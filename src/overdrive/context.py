@@ -6,7 +6,7 @@ the middleware that called it all write to the same one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, Protocol
@@ -64,6 +64,7 @@ class RequestContext:
         "duration",
         "exchange",
         "fields",
+        "find_route",
         "instant",
         "log_end",
         "method",
@@ -147,6 +148,8 @@ class RequestContext:
         self.tails: dict[Any, Any] | None = {}
 
         self.route: str | None = None
+        #: Returns the template of the route that serves the request, once the router has found it.
+        self.find_route: Callable[[], str | None] | None = None
         self.status: int | None = None
         self.duration = 0.0
         self.bytes_sent = 0
@@ -158,6 +161,11 @@ class RequestContext:
         self.rows = 0
         self.page_style: str | None = None
         self.outcome: Outcome = "ok"
+
+    @property
+    def served_by(self) -> str | None:
+        """The template of the route that serves this request, as far as that is known by now."""
+        return self.route or (self.find_route() if self.find_route is not None else None)
 
     @property
     def lacks_tenant(self) -> bool:

@@ -14,7 +14,9 @@ from fastapi.routing import APIWebSocketRoute
 from starlette.routing import compile_path
 
 from .app import Overdrive
+from .cache.entry import Instant
 from .cache.exchange import Exchange
+from .cache.history import outdated_by
 from .cache.key import KeyPlan
 from .cache.store import PENDING, MemoryStore, StoreUnavailable
 from .cache.trust import hits, is_off, requests
@@ -329,10 +331,15 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
         return {"entry": "none: the next request makes it"}
     now = cache.clock()
     written = sorted(tag for tag, then in entry.versions.items() if versions.get(tag) != then)
+    why: dict[str, str] = {}
     if entry.epoch != instant.epoch:
         worth = "not valid: the cache was cleared, or Redis emptied"
     elif written:
         worth = f"not valid: {', '.join(written)} was written since"
+        history = await cache.store.history()
+        for tag in written:
+            since = Instant(entry.epoch, entry.versions[tag])
+            why[tag] = outdated_by(tag, since, versions.get(tag, instant.now), history)
     elif not entry.is_fresh(now):
         worth = "not valid: expired"
     else:
@@ -342,7 +349,10 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
         "age": f"{now - entry.created:.1f} s",
         "ttl left": f"{entry.created + entry.ttl - now:.1f} s",
         "bytes": len(entry.body),
-        "tags": {tag: {"then": then, "now": _now(versions.get(tag))} for tag, then in sorted(entry.versions.items())},
+        "tags": {
+            tag: {"then": then, "now": _now(versions.get(tag))} | ({"why": why[tag]} if tag in why else {})
+            for tag, then in sorted(entry.versions.items())
+        },
     }
 
 

@@ -334,13 +334,14 @@ class RequestPath:
             scope, send = {**scope, "method": "GET", "extensions": {}}, _without_body(send)
         # As it came: the router notes in the other where it leads to.
         asked = dict(scope)
+        context.find_route = functools.partial(self._installation.route_of, scope, path)
         try:
             if scope["type"] == "http":
                 await self._serve(context, scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
-            context.route = context.route or self._installation.route_of(scope, path)
+            context.route = context.served_by
             if context.exchange is not None and context.exchange.is_stale:
                 self._refresh(context.exchange, asked)
 

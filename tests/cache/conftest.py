@@ -13,8 +13,8 @@ from cache.service import Service, serve
 def patient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine is not a Redis that is late, but where being late is what is tested."""
     if request.module.__name__.rpartition(".")[2] != "test_store_away":
-        monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 5.0)
-        monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 10.0)
+        monkeypatch.setattr("overdrive.cache.connection.PATIENCE", 5.0)
+        monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 10.0)
         monkeypatch.setattr("overdrive.cache.member._LEASE", 3600.0)
         monkeypatch.setattr("overdrive.cache.member._INTERVAL", 600.0)
 

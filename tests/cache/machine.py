@@ -100,7 +100,7 @@ async def gate(stage: str) -> None:
 class Commits:
     """Stops a request before and after its COMMIT, inside of what the cache does there."""
 
-    async def before(self, written: frozenset[str]) -> None:
+    async def before(self, written: frozenset[str], sql: str) -> None:
         await gate("before commit")
 
     async def after(self, token: None, outcome: Outcome) -> None:

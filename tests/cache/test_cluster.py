@@ -53,8 +53,8 @@ async def own_store(own_cluster: RedisCluster) -> AsyncIterator[RedisStore]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is in earnest."""
-    monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 0.05)
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 0.5)
+    monkeypatch.setattr("overdrive.cache.connection.PATIENCE", 0.05)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 0.5)
 
 
 def entry(body: bytes) -> Entry:
@@ -267,7 +267,7 @@ def stopped(node: Redis) -> Iterator[None]:
 async def test_a_node_that_says_nothing_is_not_waited_for(
     store: RedisStore, cluster: RedisCluster, silent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 600.0)
     cache = Cache(store)
     keys = [cluster.key_at(node) for node in range(3)]
     for key in keys * 2:
@@ -298,7 +298,7 @@ async def test_a_replica_that_has_not_heard_of_a_write_brings_no_entry_back(
     cache, node = Cache(store), cluster.nodes[0]
     await cache.invalidate("items")
     await ask(cache)
-    old = {name: node.get(name) for name in node.scan_iter("{test}:*")}
+    old = {name: node.get(name) for name in node.scan_iter("{test}:*", _type="string")}
     await cache.invalidate("items")
     node.mset({name: value for name, value in old.items() if value is not None})
     node.execute_command("DEBUG", "CHANGE-REPL-ID")
@@ -333,7 +333,7 @@ async def test_a_replica_takes_over(own_store: RedisStore, own_cluster: RedisClu
 
 
 async def test_closing_gives_up_learning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 600.0)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         store = store_at(f"redis+cluster://127.0.0.1:{mute.getsockname()[1]}", "test")
         write = asyncio.create_task(store.bump([ITEMS]))

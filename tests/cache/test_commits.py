@@ -66,13 +66,13 @@ async def heard(cache: Cache) -> None:
 async def test_before_the_commit_its_tags_are_outdated(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
     assert [await ask(reader), await ask(reader), await ask(reader, "other", tags=(OTHERS,))] == ["miss", "hit", "miss"]
-    await writer.invalidator.before(WRITES)
+    await writer.invalidator.before(WRITES, "")
     assert [await ask(reader), await ask(reader, "other", tags=(OTHERS,))] == ["miss", "hit"]
 
 
 async def test_what_is_read_before_the_commit_is_not_kept_while_it_is_pending(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
-    write = await writer.invalidator.before(WRITES)
+    write = await writer.invalidator.before(WRITES, "")
     assert [await ask(reader), await ask(reader)] == ["miss", "miss"]
     await writer.invalidator.after(write, Outcome.COMMITTED)
     await heard(writer)
@@ -82,7 +82,7 @@ async def test_what_is_read_before_the_commit_is_not_kept_while_it_is_pending(ca
 async def test_nor_when_it_is_settled(caches: tuple[Cache, Cache]) -> None:
     """It was asked for after the mark, and has read before the commit."""
     writer, reader = caches
-    write = await writer.invalidator.before(WRITES)
+    write = await writer.invalidator.before(WRITES, "")
 
     async def commits() -> None:
         await writer.invalidator.after(write, Outcome.COMMITTED)
@@ -97,7 +97,7 @@ async def test_a_commit_of_which_nobody_knows_may_become_visible_later(
     caches: tuple[Cache, Cache], unmarked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, reader = caches
-    write = await writer.invalidator.before(WRITES)
+    write = await writer.invalidator.before(WRITES, "")
     if unmarked:
         # The store was away before the commit, and is there after it.
         await writer.store.settle(write.mark)
@@ -111,7 +111,7 @@ async def test_a_commit_of_which_nobody_knows_may_become_visible_later(
 @pytest.mark.usefixtures("short_commits")
 async def test_a_mark_that_has_run_out_is_resolved_by_whoever_finds_it(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
-    await writer.invalidator.before(WRITES)
+    await writer.invalidator.before(WRITES, "")
 
     async def deadline() -> None:
         await asyncio.sleep(0.25)
@@ -126,16 +126,16 @@ async def test_a_mark_that_has_run_out_is_resolved_by_whoever_finds_it(caches: t
 @pytest.mark.usefixtures("short_commits")
 async def test_a_mark_of_which_nobody_asks_runs_out_with_the_next_one(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
-    await writer.invalidator.before(WRITES)
+    await writer.invalidator.before(WRITES, "")
     await asyncio.sleep(0.25)
-    await writer.invalidator.after(await writer.invalidator.before(WRITES), Outcome.COMMITTED)
+    await writer.invalidator.after(await writer.invalidator.before(WRITES, ""), Outcome.COMMITTED)
     await heard(writer)
     assert [await ask(reader), await ask(reader)] == ["miss", "hit"]
 
 
 async def test_several_may_be_pending_on_one_tag(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
-    writes = [await each.invalidator.before(WRITES) for each in (writer, reader, writer)]
+    writes = [await each.invalidator.before(WRITES, "") for each in (writer, reader, writer)]
     for each in (writes[1], writes[0]):
         await writer.invalidator.after(each, Outcome.COMMITTED)
         await heard(writer)
@@ -147,7 +147,7 @@ async def test_several_may_be_pending_on_one_tag(caches: tuple[Cache, Cache]) ->
 
 async def test_a_bump_and_a_new_epoch_leave_the_marks(caches: tuple[Cache, Cache]) -> None:
     writer, reader = caches
-    write = await writer.invalidator.before(WRITES)
+    write = await writer.invalidator.before(WRITES, "")
     await reader.invalidate("items")
     await reader.clear()
     assert [await ask(reader), await ask(reader)] == ["miss", "miss"]
@@ -159,7 +159,7 @@ async def test_a_bump_and_a_new_epoch_leave_the_marks(caches: tuple[Cache, Cache
 async def test_an_entry_that_is_pending_costs_no_second_trip(redis_url: str) -> None:
     writer, reader = RedisStore(redis_url, "test"), RedisStore(redis_url, "test")
     await ask(Cache(reader))
-    await writer.mark(Mark("a", WRITES))
+    await writer.mark(Mark("a", WRITES, ""))
     trips = reader.trips
     assert (await reader.load("key", "fingerprint")).versions == {ITEMS: PENDING}
     assert reader.trips == trips + 1
@@ -179,7 +179,7 @@ async def cache(redis_url: str) -> AsyncIterator[Cache]:
 
 async def test_who_is_cancelled_while_it_marks_takes_the_mark_back(cache: Cache) -> None:
     await cache.store.bump([])
-    marking = asyncio.create_task(cache.invalidator.before(WRITES))
+    marking = asyncio.create_task(cache.invalidator.before(WRITES, ""))
     await asyncio.sleep(0)
     marking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -190,7 +190,7 @@ async def test_who_is_cancelled_while_it_marks_takes_the_mark_back(cache: Cache)
 
 @pytest.mark.parametrize("is_known", [False, True])
 async def test_a_settlement_that_is_lost_is_made_up_for(cache: Cache, is_known: bool) -> None:
-    write = await cache.invalidator.before(WRITES)
+    write = await cache.invalidator.before(WRITES, "")
     connection_of(cache)._transport.abort()
     if is_known:
         await asyncio.sleep(0.01)
@@ -215,7 +215,7 @@ def connection_of(cache: Cache) -> Any:
 @pytest.mark.parametrize(("strict", "on_its_way"), [(False, 1), (True, 0)])
 async def test_a_commit_is_one_round_trip_and_a_strict_one_two(cache: Cache, strict: bool, on_its_way: int) -> None:
     cache.invalidator.strict = strict
-    await cache.invalidator.after(await cache.invalidator.before(WRITES), Outcome.COMMITTED)
+    await cache.invalidator.after(await cache.invalidator.before(WRITES, ""), Outcome.COMMITTED)
     assert len(connection_of(cache)._trips) == on_its_way
 
 

@@ -26,11 +26,11 @@ class Faulty(MemoryStore):
         self.deaf = False
         self.bumps: list[set[str]] = []
 
-    async def bump(self, tags: Collection[str]) -> None:
+    async def bump(self, tags: Collection[str], writer: str = "") -> None:
         if self.deaf:
             raise StoreUnavailable("deaf")
         self.bumps.append(set(tags))
-        await super().bump(tags)
+        await super().bump(tags, writer)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def cache(store: Faulty) -> Cache:
 
 
 async def committed(cache: Cache) -> None:
-    await cache.invalidator.after(await cache.invalidator.before(WRITES), Outcome.COMMITTED)
+    await cache.invalidator.after(await cache.invalidator.before(WRITES, ""), Outcome.COMMITTED)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ async def test_what_may_have_been_committed_is_announced(
 ) -> None:
     await ask(cache)
     store.deaf = deaf
-    write = await cache.invalidator.before(WRITES)
+    write = await cache.invalidator.before(WRITES, "")
     store.deaf = False
     await cache.invalidator.after(write, outcome)
     assert await ask(cache) == mark
@@ -112,8 +112,8 @@ async def test_a_write_during_the_announcement_of_another_is_not_lost(cache: Cac
     announcing, go_on = asyncio.Event(), asyncio.Event()
     bump = store.bump
 
-    async def lingering(tags: Collection[str]) -> None:
-        await bump(tags)
+    async def lingering(tags: Collection[str], writer: str) -> None:
+        await bump(tags, writer)
         announcing.set()
         await go_on.wait()
 

@@ -10,7 +10,7 @@ from cache.machine import run, workers
 def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who waits for a request that stands still goes ahead soon, and Redis is soon asked again."""
     monkeypatch.setattr("overdrive.cache.flight._PATIENCE", 0.02)
-    monkeypatch.setattr("overdrive.cache.redis._FIRST_PAUSE", 0.001)
+    monkeypatch.setattr("overdrive.cache.link.FIRST_PAUSE", 0.001)
 
 
 def test_nothing_stale_is_answered(postgres_url: str, redis_url: str) -> None:

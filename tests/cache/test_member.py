@@ -31,8 +31,8 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def quick(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that end before long, and yet later than the wait for an answer."""
-    monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 0.1)
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 0.2)
+    monkeypatch.setattr("overdrive.cache.connection.PATIENCE", 0.1)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 0.2)
     monkeypatch.setattr("overdrive.cache.member._LEASE", 0.8)
     monkeypatch.setattr("overdrive.cache.member._INTERVAL", 0.05)
     monkeypatch.setattr("overdrive.cache.member._CONCERN", 0.5)

@@ -238,8 +238,8 @@ async def test_a_lost_connection_ends_it(workers: list[Service], redis_url: str)
 async def test_a_silent_redis_is_trusted_for_a_second(
     sqlite_url: str, server_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 0.05)
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 0.5)
+    monkeypatch.setattr("overdrive.cache.connection.PATIENCE", 0.05)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 0.5)
     with servers.redis(server_directory) as url:
         async with Redis.from_url(url) as redis:
             process = (await redis.info())["process_id"]

@@ -93,7 +93,7 @@ async def test_nothing_listens(service: Service) -> None:
 @pytest.fixture
 def rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """A breaker that has opened stays open for the whole test."""
-    monkeypatch.setattr("overdrive.cache.redis._FIRST_PAUSE", 600.0)
+    monkeypatch.setattr("overdrive.cache.link.FIRST_PAUSE", 600.0)
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ async def test_a_write_that_redis_did_not_hear_of_is_never_served_over(
     """The old entry is there all the time, with every stamp as it was."""
     assert await service.marks("/names", "/names") == ["miss", "hit"]
 
-    async def lost(_tags: Any) -> None:
+    async def lost(*_write: Any) -> None:
         raise StoreUnavailable("lost on the way")
 
     with monkeypatch.context() as patch:
@@ -252,7 +252,7 @@ async def test_silence_is_waited_for_once(store: RedisStore, redis: Redis) -> No
 async def test_a_look_up_does_not_wait_as_long_as_a_write(
     store: RedisStore, redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 600.0)
     await store.bump([ITEMS])
     with stopped(redis):
         write = asyncio.create_task(store.bump([ITEMS]))
@@ -288,12 +288,12 @@ async def test_a_ping_does_not_wait_for_ever(mute: socket.socket, scheme: str) -
 
 
 async def test_one_probe_at_a_time(mute: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("overdrive.cache.link.FIRST_PAUSE", 0.0)
     store = RedisStore(f"redis://127.0.0.1:{mute.getsockname()[1]}/0", "test")
     assert len(await crowd(store)) == 50
     assert visitors(mute) == 1
     # The pause is over: one tries, and nobody waits for it.
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 600.0)
     for _ in range(5):
         assert len(await asyncio.wait_for(crowd(store), 60)) == 50
         await sleep(0.01)
@@ -347,7 +347,7 @@ async def test_the_pauses_grow() -> None:
 
 
 async def test_a_reply_in_parts_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._PATIENCE", 0.5)
+    monkeypatch.setattr("overdrive.cache.connection.PATIENCE", 0.5)
 
     async def answer(reader: Reader, writer: Writer) -> None:
         await reader.readuntil(b"MGET\r\n")
@@ -454,7 +454,7 @@ async def test_a_replica_serves_until_there_is_a_write(
 
 
 async def test_closing_gives_up_connecting(mute: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("overdrive.cache.redis._DEADLINE", 600.0)
+    monkeypatch.setattr("overdrive.cache.connection.DEADLINE", 600.0)
     store = RedisStore(f"redis://127.0.0.1:{mute.getsockname()[1]}/0", "test")
     look_up = asyncio.create_task(store.load("key", "f"))
     await sleep(0.1)

@@ -119,7 +119,7 @@ class Gate:
         for observation in overdrive._observations:
             observation.observers = [self]
 
-    async def before(self, writes: frozenset[str]) -> None:
+    async def before(self, writes: frozenset[str], sql: str) -> None:
         if self.where == "before":
             await self._wait()
 

@@ -35,7 +35,7 @@ class Recorder:
         self.gate: asyncio.Event | None = None
         self.refuses = False
 
-    async def before(self, writes: frozenset[str]) -> frozenset[str]:
+    async def before(self, writes: frozenset[str], sql: str) -> frozenset[str]:
         self.told.append((writes, None))
         if self.refuses:
             raise PermissionError("not now")
@@ -326,9 +326,9 @@ async def test_commit_in_a_thread_is_reported_on_the_serving_loop(synchronous: O
 
 
 def _spying(before: Any, loops: list[Any]) -> Any:
-    async def spy(writes: frozenset[str]) -> Any:
+    async def spy(writes: frozenset[str], sql: str) -> Any:
         loops.append(asyncio.get_running_loop())
-        return await before(writes)
+        return await before(writes, sql)
 
     return spy
 

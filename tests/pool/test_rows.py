@@ -28,7 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.written: set[str] = set()
 
-    async def before(self, writes: frozenset[str]) -> None:
+    async def before(self, writes: frozenset[str], sql: str) -> None:
         self.written |= writes
 
     async def after(self, token: Any, outcome: Outcome) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import (
     ForeignKey,
     Integer,
@@ -41,7 +43,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.orm import aliased as orm_aliased
 from sqlalchemy.sql import ColumnElement
 
-from overdrive.pool.statement import EVERYTHING, Facts, facts_of
+from overdrive.pool.statement import EVERYTHING, Facts, facts_of, outline
 
 
 class Base(DeclarativeBase):
@@ -185,3 +187,33 @@ def test_driver_sql_is_text() -> None:
 def test_compiled_statement_is_read_once() -> None:
     once = compiled(select(User))
     assert facts_of(once, "") is facts_of(once, "")
+
+
+@pytest.mark.parametrize(
+    ("sql", "expected"),
+    [
+        ("UPDATE t2\n SET name=$1::VARCHAR WHERE id = %(id_1)s", "UPDATE t2 SET name=$1::VARCHAR WHERE id = %(id_1)s"),
+        ("UPDATE t2 SET a = 'it''s hush', b=-7.5e3 WHERE c IN (1, ?)", "UPDATE t2 SET a = ??, b=-? WHERE c IN (?, ?)"),
+        (r"INSERT INTO t VALUES (E'it\'s hush', 'C:\', 'hush')", "INSERT INTO t VALUES (?, ?, ?)"),
+        ("SELECT $$hush 'x$$, $q$hush$$ 'hush$q$ FROM t", "SELECT ?, ? FROM t"),
+        ("/* don't */ UPDATE t -- can't\nSET a = 'hush'", "UPDATE t SET a = ?"),
+        ("""INSERT INTO "o'clock" VALUES ('hush')""", """INSERT INTO "o'clock" VALUES (?)"""),
+        ("UPDATE t SET a = 'hush " + "hush " * 1000, "UPDATE t SET a = ?"),
+        ("UPDATE t SET " + "a" * 1000, ("UPDATE t SET " + "a" * 1000)[:200]),
+    ],
+)  # fmt: skip
+def test_an_outline_has_no_values(sql: str, expected: str) -> None:
+    assert outline(sql) == expected
+
+
+@given(st.lists(st.sampled_from(["'", "''", "hush", " ", "\\", "$$", "$1", '"', "E'", "--", "/*", "*/", "\n", "x"])))
+def test_an_outline_of_anything_is_short_and_one_line(parts: list[str]) -> None:
+    found = outline("".join(parts))
+    assert len(found) <= 200
+    assert "\n" not in found
+
+
+@given(st.text().filter(lambda value: "\0" not in value))
+def test_a_literal_is_never_told(value: str) -> None:
+    quoted = value.replace("'", "''")
+    assert outline(f"SET a = '{quoted}', b = 'hush'").replace("?", "") == "SET a = , b = "

@@ -222,12 +222,12 @@ class LoneStore(MemoryStore):
             logger.warning(self._why)
         return "several-processes"
 
-    async def bump(self, tags: Collection[str]) -> None:
+    async def bump(self, tags: Collection[str], writer: str = "") -> None:
         """Move the clock, and stamp `tags` with it; by then, who serves the same database knows of this process."""
         for each in self._neighbours:
             with suppress(OSError):
                 each.come()
-        await super().bump(tags)
+        await super().bump(tags, writer)
 
     async def aclose(self) -> None:
         """Be gone, for the others."""

@@ -121,7 +121,7 @@ class Cache:
         if tenant is None:
             await self.store.clear()
         else:
-            await self.invalidator.announce([tag_of_tenant(tenant)])
+            await self.invalidator.announce([tag_of_tenant(tenant)], "clear()")
 
     async def off(self, route: str | None = None) -> frozenset[str]:
         """Switch the cache off, for one route or for all, in every worker that shares the store, with its next look-up.
@@ -186,11 +186,11 @@ class Cache:
                 key = key_of_memoized(function, *what[1:], **arguments)
             else:
                 key = key_of_call(function, inspect.signature(function).bind_partial(*what[1:], **arguments).arguments)
-            await self.invalidator.announce([tag_of_call(key)])
+            await self.invalidator.announce([tag_of_call(key)], "invalidate()")
         else:
             named = tags_of(what)
             # What read rows of a table by their keys does not depend on all of it.
-            await self.invalidator.announce([*named, *(tag + OF_ROWS for tag in named)])
+            await self.invalidator.announce([*named, *(tag + OF_ROWS for tag in named)], "invalidate()")
 
     async def get_or_set(
         self,

@@ -10,7 +10,7 @@ whenever the entry was read. Whether they have them is read from the clock's nod
 beginning and its end: after every write that was answered before, and before whatever the request reads next.
 
 A replica that takes over may not have heard of the last writes, and a stamp would be what it was before them. So the
-clock's node is asked whether it is the one that was used before (`redis._SAME_HISTORY`) where it may be another: a
+clock's node is asked whether it is the one that was used before (`scripts.SAME_HISTORY`) where it may be another: a
 replica that was promoted, a server that restarted, the node that the slot has moved to.
 """
 
@@ -23,9 +23,12 @@ from urllib.parse import urlsplit
 
 from overdrive.errors import ConfigurationError
 
-from . import redis
+from . import connection as wire
+from . import link as links
+from .connection import Address, key_slot
+from .link import Answer, Link
 from .near import Near
-from .redis import Address, Answer, Link, RedisStore, key_slot
+from .redis import RedisStore
 from .store import StoreUnavailable
 
 T = TypeVar("T")
@@ -266,7 +269,7 @@ class Cluster:
             self._slots, self._trusted = slots, clock.connection
         except StoreUnavailable as error:
             self._slots, self._why = None, str(error)
-            self._retry_at = self._loop.time() + redis._FIRST_PAUSE
+            self._retry_at = self._loop.time() + links.FIRST_PAUSE
         finally:
             self._learning = None
 
@@ -302,7 +305,7 @@ class Cluster:
 
 
 def _patience(patient: bool) -> float:
-    return redis._DEADLINE if patient else redis._PATIENCE
+    return wire.DEADLINE if patient else wire.PATIENCE
 
 
 class NodeLink(Link):

@@ -12,6 +12,9 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Protocol
 
+from overdrive.context import current
+
+from .history import OUTSIDE, of_request, together
 from .store import Mark, Store, StoreUnavailable
 
 logger = logging.getLogger("overdrive")
@@ -28,6 +31,15 @@ class Write(NamedTuple):
 
     mark: Mark
     is_marked: bool
+
+
+class _Owed:
+    """A write that the store is to be told of; each is another one."""
+
+    __slots__ = ("writer",)
+
+    def __init__(self, writer: str) -> None:
+        self.writer = writer
 
 
 class Listening(Protocol):
@@ -54,7 +66,7 @@ class Invalidator:
         self.store = store
         self.strict = strict
         #: Each tag with its last write, as one may be written again while it is being announced.
-        self._unannounced: dict[str, object] = {}
+        self._unannounced: dict[str, _Owed] = {}
         self._trying: asyncio.Task[None] | None = None
         #: The marks that may be lost, and whether it is known how their commits have ended.
         self._lost: dict[Mark, bool] = {}
@@ -76,9 +88,11 @@ class Invalidator:
         """Say whether nothing may be taken from the store, as far as this process knows."""
         return self.owes or self.is_deaf
 
-    async def before(self, writes: frozenset[str]) -> Write:
-        """Mark what the commit will write."""
-        mark = Mark(secrets.token_hex(8), writes)
+    async def before(self, writes: frozenset[str], sql: str) -> Write:
+        """Mark what the commit will write; sql: the first statement that did, without values."""
+        request = current()
+        who = OUTSIDE if request is None else of_request(request.method, request.served_by)
+        mark = Mark(secrets.token_hex(8), writes, f"{who} ({sql})")
         try:
             await self.store.mark(mark)
         except StoreUnavailable:
@@ -106,13 +120,13 @@ class Invalidator:
         elif outcome.value == "rolled_back":
             return
         self._lost[mark] = is_known
-        await self.announce(mark.tags)
+        await self.announce(mark.tags, mark.writer)
         await self._outlast()
 
     def _settled(self, mark: Mark, settled: asyncio.Future[StoreUnavailable | None]) -> None:
         if settled.cancelled() or settled.result() is not None:
             self._lost[mark] = True
-            self._unannounced |= dict.fromkeys(mark.tags, object())
+            self._unannounced |= dict.fromkeys(mark.tags, _Owed(mark.writer))
 
     async def _outlast(self) -> None:
         """Wait until the others have been told of all writes, or take nothing from the store for want of that."""
@@ -122,9 +136,12 @@ class Invalidator:
             with suppress(StoreUnavailable):
                 await self.catch_up()
 
-    async def announce(self, tags: Collection[str]) -> None:
-        """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller."""
-        self._unannounced |= dict.fromkeys(tags, object())
+    async def announce(self, tags: Collection[str], writer: str) -> None:
+        """Stamp `tags`, and whatever could not be stamped before; a dead store never fails the caller.
+
+        writer: who wrote, for people.
+        """
+        self._unannounced |= dict.fromkeys(tags, _Owed(writer))
         try:
             await self.catch_up()
         except StoreUnavailable as error:
@@ -150,7 +167,7 @@ class Invalidator:
         if not self._unannounced:
             return
         announced, lost = dict(self._unannounced), dict(self._lost)
-        await self.store.bump(announced)
+        await self.store.bump(announced, together(owed.writer for owed in announced.values()))
         for mark, is_known in lost.items():
             if is_known:
                 self.store.settle(mark)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .entry import Entry, Instant
+from .history import Written
 from .memory import Memory
 
 
@@ -56,10 +57,12 @@ class Mark(NamedTuple):
     """A write that is about to become visible.
 
     token: tells it from others of the same tags; hexadecimal.
+    writer: who writes, for people.
     """
 
     token: str
     tags: frozenset[str]
+    writer: str
 
 
 #: The stamp of a tag that is pending: later than any instant, so that no fill may have read it.
@@ -117,8 +120,8 @@ class Store(Protocol):
         alone: whether those who wait are to go ahead all at once, since what was made is not for them.
         """
 
-    async def bump(self, tags: Collection[str]) -> None:
-        """Move the clock, and stamp `tags` with it."""
+    async def bump(self, tags: Collection[str], writer: str = "") -> None:
+        """Move the clock, and stamp `tags` with it; writer: who wrote, for people."""
 
     async def mark(self, mark: Mark) -> None:
         """Do as `bump` does, and have the tags pending until the mark is settled, or for 30 seconds."""
@@ -128,6 +131,9 @@ class Store(Protocol):
 
         The future's result is the error that has come of it, if any.
         """
+
+    async def history(self) -> list[Written]:
+        """Return the last writes, newest first, as far as they are remembered for others."""
 
     def withdraw(self) -> float:
         """Have nothing served to others, as this process has writes that they cannot be told of.
@@ -276,7 +282,7 @@ class MemoryStore:
     def release(self, key: str, token: str, *, alone: bool) -> None:
         """There are no leases."""
 
-    async def bump(self, tags: Collection[str]) -> None:
+    async def bump(self, tags: Collection[str], writer: str = "") -> None:
         """Move the clock, and stamp `tags` with it."""
         if len(self._stamps) > _MOST_STAMPS:
             await self.clear()
@@ -304,6 +310,10 @@ class MemoryStore:
         settled: asyncio.Future[StoreUnavailable | None] = asyncio.get_running_loop().create_future()
         settled.set_result(None)
         return settled
+
+    async def history(self) -> list[Written]:
+        """Nobody else could ask."""
+        return []
 
     def withdraw(self) -> float:
         """Nobody else is served from here."""

@@ -123,7 +123,7 @@ async def _send(
     if pooled is None:
         pooled = await greenlet_spawn(_take, engine)
     try:
-        observation.started(pooled.info, statement.facts, (given,), autocommit=False)
+        observation.started(pooled.info, statement.facts, statement.sql, (given,), autocommit=False)
         return await _fetch(pooled, engine, observation, statement, values)
     finally:
         if returns_without_waiting(engine, pooled):

@@ -89,8 +89,8 @@ class Cache(Protocol):
     def owes(self) -> bool:
         """Say whether something that was announced has not come to everybody yet."""
 
-    async def announce(self, tags: Collection[str]) -> None:
-        """Drop what depends on any of the tags."""
+    async def announce(self, tags: Collection[str], writer: str) -> None:
+        """Drop what depends on any of the tags; writer: who wrote, for people."""
 
 
 class _LostError(Exception):
@@ -252,10 +252,10 @@ class Listener:
         """Return when the cache has been told; until then this process asks nothing, and others notice that."""
         tags = condensed({tag for each in payloads for tag in tags_of(each, self._name)})
         if tags:
-            await self._told.announce(tags)
+            await self._told.announce(tags, "triggers")
         while self._told.owes:
             await asyncio.sleep(_BEAT)
-            await self._told.announce(())
+            await self._told.announce((), "triggers")
 
     def _heard_again(self) -> None:
         if self._why:

@@ -28,7 +28,7 @@ from overdrive.instrumentation.events import StatementEvent, listening, publish
 from .holders import team_lines
 from .pool import FairPool
 from .rows import Rows, condensed
-from .statement import EVERYTHING, Facts, facts_of
+from .statement import EVERYTHING, Facts, facts_of, outline
 from .tasks import loop_beside, to_the_end
 
 T = TypeVar("T")
@@ -51,8 +51,11 @@ class CommitObserver(Protocol):
     outer transaction that never commits here (a test's, a script's) it is the only report there will be.
     """
 
-    async def before(self, writes: frozenset[str]) -> Any:
-        """Prepare for `writes` (tags) to become visible; what is returned is handed to `after`."""
+    async def before(self, writes: frozenset[str], sql: str) -> Any:
+        """Prepare for `writes` (tags) to become visible; what is returned is handed to `after`.
+
+        sql: the first statement that wrote, in outline (`statement.outline`).
+        """
 
     async def after(self, token: Any, outcome: Outcome) -> None:
         """Learn how the commit that `before` announced has ended."""
@@ -84,7 +87,7 @@ _MANY = 100
 class _Transaction:
     """What is known of a DBAPI connection between two ends of a transaction."""
 
-    __slots__ = ("announced", "began", "facts", "reads", "relaxed", "started", "writes")
+    __slots__ = ("announced", "began", "facts", "reads", "relaxed", "sql", "started", "writes")
 
     def __init__(self) -> None:
         #: Whether the database has been asked for anything but plain reads since the last end.
@@ -92,6 +95,8 @@ class _Transaction:
         #: Whether the driver has been told not to begin one.
         self.relaxed = False
         self.writes: set[str] = set()
+        #: The first statement that wrote.
+        self.sql = ""
         #: Of the statement that is being executed.
         self.facts: Facts | None = None
         self.reads: frozenset[str] = frozenset()
@@ -99,7 +104,8 @@ class _Transaction:
         #: Whom a statement in autocommit was announced to, with what they answered.
         self.announced: Announced = []
 
-    def wrote(self, tags: frozenset[str]) -> None:
+    def wrote(self, tags: frozenset[str], sql: str) -> None:
+        self.sql = self.sql or sql
         self.writes |= tags
         if len(self.writes) > _MANY:
             self.writes = condensed(self.writes)
@@ -107,6 +113,7 @@ class _Transaction:
     def end(self) -> None:
         self.began = False
         self.writes.clear()
+        self.sql = ""
 
 
 def observe(engine: Engine, name: str, observer: CommitObserver | None = None) -> Observation:
@@ -173,7 +180,13 @@ class Observation:
     # Statements: the seam. A fetch that goes past SQLAlchemy's cursor calls `started` and `finished` itself.
 
     def started(
-        self, info: dict[Any, Any], facts: Facts, parameters: Sequence[Mapping[str, Any]] = (), *, autocommit: bool
+        self,
+        info: dict[Any, Any],
+        facts: Facts,
+        sql: str,
+        parameters: Sequence[Mapping[str, Any]] = (),
+        *,
+        autocommit: bool,
     ) -> None:
         """Note that a statement with `facts` is about to run on the connection with `info`.
 
@@ -187,11 +200,11 @@ class Observation:
             if facts.unknown:
                 collector.unknown.append(facts.unknown)
         if writes:
-            transaction.wrote(writes)
+            transaction.wrote(writes, sql)
             if (context := current()) is not None:
                 context.wrote |= writes
             if autocommit:
-                self._announce(writes, transaction.announced)
+                self._announce(writes, sql, transaction.announced)
         transaction.started = time.perf_counter()
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
@@ -257,7 +270,7 @@ class Observation:
             self._begin_late(connection, context, facts)
         # Statements that SQLAlchemy has not compiled have no names for theirs, nor facts that ask for them.
         parameters = getattr(context, "compiled_parameters", None) or ()
-        self.started(connection.info, facts, parameters, autocommit=autocommit)
+        self.started(connection.info, facts, sql, parameters, autocommit=autocommit)
 
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -354,7 +367,7 @@ class Observation:
         outcome = Outcome.UNKNOWN
         try:
             if transaction.writes:
-                self._announce(frozenset(transaction.writes), announced)
+                self._announce(frozenset(transaction.writes), transaction.sql, announced)
             yield
             outcome = Outcome.COMMITTED
         except Exception as error:
@@ -404,9 +417,9 @@ class Observation:
 
     # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
 
-    def _announce(self, writes: frozenset[str], announced: Announced) -> None:
+    def _announce(self, writes: frozenset[str], sql: str, announced: Announced) -> None:
         for observer in self.observers:
-            announced.append((observer, self._wait(observer.before(writes))))
+            announced.append((observer, self._wait(observer.before(writes, outline(sql)))))
 
     def _report(self, announced: Announced, outcome: Outcome) -> None:
         if announced:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,6 +113,17 @@ PURE_FUNCTIONS = frozenset((
     "unnest",
     "upper",
 ))  # fmt: skip
+
+#: Characters of an outline, and of the statement that it is made of.
+_OUTLINE, _OUTLINED = 200, 1000
+
+#: What may hold values: comments, strings of each kind, numbers; and names in quotes, which stay. What is cut off in
+#: the middle ends with the text.
+_VALUES = re.compile(
+    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z)|'[^']*(?:'|\Z)"""
+    r"""|(\$(?:[^\W\d]\w*)?\$).*?(?:\1|\Z)|(?<![\w$:])\d[\w.]*|("[^"]*(?:"|\Z))""",
+    re.DOTALL,
+)
 
 _READING_WORDS = frozenset(("select", "values", "table", "show", "explain", "set", "reset", "pragma"))
 _SAVEPOINT_WORDS = frozenset(("savepoint", "release", "rollback"))
@@ -217,3 +229,16 @@ def _mystery(element: Any) -> str | None:
     elif isinstance(element, ColumnElement) and not type(element).__module__.startswith("sqlalchemy."):
         return f"the element {type(element).__name__} is not SQLAlchemy's own"
     return None
+
+
+@lru_cache(512)
+def outline(sql: str) -> str:
+    """Return the beginning of a statement on one line, without comments and with `?` for values that stand in it."""
+    return " ".join(_VALUES.sub(_hidden, sql[:_OUTLINED]).split())[:_OUTLINE]
+
+
+def _hidden(found: re.Match[str]) -> str:
+    name: str | None = found[2]
+    if name is not None:
+        return name
+    return " " if found[0].startswith(("--", "/*")) else "?"
