@@ -19,6 +19,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from cache.conftest import patient as patient
 from cache.service import Service, add_routes
 from fastapi import FastAPI
 from shell import Command
