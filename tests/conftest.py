@@ -11,6 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from redis import Redis
+from shell import Command, shell
 
 from overdrive.demo import servers
 
@@ -53,6 +54,13 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 def postgres_database(postgres_server: str) -> Iterator[str]:
     """An empty database for one test, as a `postgresql+asyncpg://` URL."""
     yield from _database(postgres_server)
+
+
+@pytest.fixture(scope="session")
+def overdrive() -> Iterator[Command]:
+    """The `overdrive` command."""
+    with shell() as command:
+        yield command
 
 
 @pytest.fixture

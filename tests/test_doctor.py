@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import pytest
 from fastapi import BackgroundTasks, Cookie, Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, Field
+from shell import Command
 from sqlalchemy import (
     Column,
     Engine,
@@ -720,15 +719,10 @@ async def things(db: SessionDep):
 """
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from overdrive.cli import main; main()", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def test_the_command(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(overdrive: Command, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shop.py").write_text(SHOP)
-    done = doctor("shop:app")
+    done = overdrive("doctor", "shop:app")
     assert done.returncode == 1
     layers, route, nothing, *advice = done.stdout.splitlines()
     assert layers.startswith("layers  overdrive.Observer > ")
@@ -740,7 +734,7 @@ def test_the_command(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> Non
         "  run    CREATE INDEX ix_things_at_id ON things (at, id);\n"
         "  proof  on an empty copy of things, EXPLAIN sorts or filters row by row, but not with this index\n"
     )
-    done = doctor("shop:app", "--json")
+    done = overdrive("doctor", "shop:app", "--json")
     document = json.loads(done.stdout)
     assert document.pop("setup")["findings"] == []
     assert document == {
@@ -759,7 +753,7 @@ def test_the_command(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> Non
     }
     with closing(sqlite3.connect("shop.sqlite")) as connection:
         connection.execute(document["advice"][0]["sql"])
-    done = doctor("shop:app")
+    done = overdrive("doctor", "shop:app")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["layers", "route"]
 
@@ -776,12 +770,12 @@ def test_the_command(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_what_cannot_be_examined(
-    tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    overdrive: Command, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shop.py").write_text(SHOP)
     (tmp_path / "failing.py").write_text("1 / 0")
-    done = doctor(*arguments)
+    done = overdrive("doctor", *arguments)
     assert done.returncode == 2
     assert "wrong" not in done.stdout
     assert message in done.stderr

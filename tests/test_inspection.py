@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import pytest
+from cache.conftest import patient as patient
 from fastapi import Depends, FastAPI, Header, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import BaseModel

@@ -14,6 +14,7 @@ import fastapi.dependencies.utils
 import fastapi.routing
 import fastapi_pagination
 import pytest
+from cache.conftest import patient as patient
 from fastapi import APIRouter, Depends, FastAPI, Request, Response, WebSocket
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient

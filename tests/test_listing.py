@@ -548,7 +548,7 @@ sound_pairs = st.sampled_from(["sort", "q", *people._filters]).flatmap(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(sound_pairs, max_size=3) | st.lists(st.tuples(names, encoded), min_size=1, max_size=4))
 async def test_no_query_is_a_server_error(service: Service, pairs: list[tuple[str, str]]) -> None:
     query = "&".join(f"{name}={value}" for name, value in pairs)

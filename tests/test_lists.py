@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 import sqlalchemy
+from cache.conftest import patient as patient
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from sqlalchemy import delete, event, func, insert, select, text, update

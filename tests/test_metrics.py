@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from cache.conftest import patient as patient
 from cache.service import Service
 from fastapi import FastAPI
 from opentelemetry.sdk.metrics import MeterProvider

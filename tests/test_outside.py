@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -19,8 +18,10 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from cache.conftest import patient as patient
 from cache.service import Service, add_routes
 from fastapi import FastAPI
+from shell import Command
 from sqlalchemy import insert, select
 from support import Base, Item, client, eventually, on_uvicorn, outside, tables
 
@@ -369,18 +370,12 @@ Overdrive(app)
 """
 
 
-def overdrive(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "overdrive.cli", "triggers", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **variables},
-    )
-
-
 def test_the_commands(
-    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    overdrive: Command,
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def command(*arguments: str) -> tuple[Any, str]:
         monkeypatch.setattr(sys, "argv", ["overdrive", "triggers", *arguments, "--database-url", database])
@@ -391,7 +386,7 @@ def test_the_commands(
     (tmp_path / "shop.py").write_text(_APP)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OVERDRIVE_DATABASE_URL", database)
-    printed = overdrive("install", "shop:app", "--dry-run")
+    printed = overdrive("triggers", "install", "shop:app", "--dry-run")
     assert (printed.returncode, printed.stderr) == (0, "overdrive: not in this database: nowhere\n")
     status, said = command("status", "--table", "items")
     assert (status, "missing" in said) == (1, True)

@@ -261,7 +261,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(model=models(), options=OPTIONS, size=st.integers(1, 30))
 async def test_bodies_are_the_same(engine: Any, model: Any, options: dict[str, Any], size: int) -> None:
     assert projected(statement(), model) is not None

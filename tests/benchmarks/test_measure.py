@@ -13,30 +13,38 @@ import pytest
 
 from benchmarks import measure
 from benchmarks.comparisons import PLANS, STORMS, Plan, Rival
-from benchmarks.measure import CASTS, FEWEST_ROUNDS, compare
+from benchmarks.measure import FEWEST_ROUNDS, compare
 from benchmarks.process import RivalError
 from benchmarks.results import Claim, Results
 
 FASTAPI = Rival("FastAPI", "plain_fastapi:constant", "/constant")
 ROOT = Path(__file__).parents[2]
+#: A run with rivals that are started twice, and warm at once.
+RUN = "from benchmarks import __main__ as run, measure; measure.CASTS = 2; measure._WARM_UP = 0.01; run.main()"
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rivals are started once, and warm at once."""
+    monkeypatch.setattr(measure, "CASTS", 1)
+    monkeypatch.setattr(measure, "_WARM_UP", 0.01)
 
 
 def test_run_prints_a_table_and_writes_its_results(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "--only", "constant", "--seconds", "0", "--out"]
+    command = [sys.executable, "-c", RUN, "--only", "constant", "--seconds", "0", "--out"]
     done = subprocess.run([*command, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = msgspec.json.decode((tmp_path / "results.json").read_bytes(), type=Results)
     [comparison] = results.comparisons
     assert [entry.failure for entry in comparison.entries] == [None] * 4
-    assert all(len(entry.rounds) == CASTS * FEWEST_ROUNDS for entry in comparison.entries)
+    assert all(len(entry.rounds) == 2 * FEWEST_ROUNDS for entry in comparison.entries)
     assert all(name in done.stdout for name in ("bare ASGI", "FastAPI", "Overdrive", results.versions["fastapi"]))
     assert "FastAPI" in (tmp_path / "results.svg").read_text()
     # No path of the machine, no name of it.
     assert str(ROOT) not in (tmp_path / "results.json").read_text()
 
 
-def test_rival_that_fails_is_told_so_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "CASTS", 1)
+def test_rival_that_fails_is_told_so_and_the_others_go_on() -> None:
     plan = Plan(
         "some",
         "Some that fail",

@@ -13,7 +13,7 @@ from cache.fleet import Fleet, serving
 pytestmark = pytest.mark.anyio
 
 #: Requests that each of the four workers gets at once.
-EACH = 500
+EACH = 250
 ALL_OF_THEM = [(200, b"7")] * EACH
 
 

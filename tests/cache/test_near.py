@@ -35,7 +35,7 @@ def entry(*tags: str, epoch: str = "e") -> Entry:
 # The core
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_what_is_near_was_not_written(data: st.DataObject) -> None:
     """Messages come in order, one may be missing; entries are found at any moment between."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from itertools import count
@@ -17,6 +15,7 @@ from cache.service import Service, serve
 from fastapi import Depends, FastAPI, HTTPException, Response
 from pydantic import BaseModel
 from redis.asyncio import Redis
+from shell import Command
 from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.background import BackgroundTask
@@ -346,15 +345,9 @@ async def test_switches_and_counts_outlive_clearing_and_other_workers_hear_them(
         await other.aclose()
 
 
-async def test_the_command_switches_running_workers(sqlite_url: str, redis_url: str) -> None:
+async def test_the_command_switches_running_workers(overdrive: Command, sqlite_url: str, redis_url: str) -> None:
     def command(*arguments: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-c", "from overdrive.cli import main; main()", *arguments, "--redis-url", redis_url],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout
+        return overdrive(*arguments, "--redis-url", redis_url).stdout
 
     async with serve(sqlite_url, redis_url) as service:
         with on_uvicorn(service.app) as (host, port):

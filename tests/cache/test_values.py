@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, SecretStr
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
-from support import Item, client
+from support import Item, client, eventually
 
 from overdrive import ConfigurationError, Overdrive, SessionDep, cached
 from overdrive.cache.values import key_of_memoized
@@ -233,9 +233,9 @@ async def test_one_execution_for_all(service: Service) -> None:
         return 7
 
     tasks = [asyncio.create_task(service.overdrive.cache.get_or_set("one", load)) for _ in range(10)]
-    await asyncio.sleep(0.1)
+    await eventually(lambda: len(ran) == 1)
     ran[0].cancel()
-    await asyncio.sleep(0.1)
+    await eventually(lambda: len(ran) == 2)
     opened.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(each) for each in results].count(asyncio.CancelledError) == 1

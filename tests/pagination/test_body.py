@@ -84,7 +84,7 @@ def pages(draw: st.DrawFn) -> tuple[Any, Any, Found]:
     return envelope[model], model, found_in(envelope, names, draw(st.lists(st.tuples(*values), max_size=4)))
 
 
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(pages())
 def test_what_is_written_is_what_the_model_makes(page: tuple[Any, Any, Found]) -> None:
     envelope, model, found = page

@@ -87,19 +87,19 @@ def walker(request: pytest.FixtureRequest) -> Walker:
     return made
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=500, deadline=None, suppress_health_check=relaxed)
 @given(walks(60))
 def test_any_walk_is_the_list_on_sqlite(lite_walker: Walker, walk: Walk) -> None:
     lite_walker.check(walk)
 
 
-@settings(max_examples=800, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=250, deadline=None, suppress_health_check=relaxed)
 @given(walks(60))
 def test_any_walk_is_the_list_on_postgresql(postgres_walker: Walker, walk: Walk) -> None:
     postgres_walker.check(walk)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=relaxed)
+@settings(max_examples=80, deadline=None, suppress_health_check=relaxed)
 @given(walks(60), st.randoms(use_true_random=False))
 def test_whatever_others_write_an_untouched_row_appears_once(
     walker: Walker, walk: Walk, generator: random.Random

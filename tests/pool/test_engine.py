@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
+import aiosqlite
 import psycopg
 import pytest
 from fastapi import FastAPI
@@ -21,6 +26,7 @@ from support import Item, eventually, recorded, tables
 
 from overdrive import ConfigurationError, Overdrive, Settings, create_engine
 from overdrive.instrumentation.events import StatementEvent
+from overdrive.pool.engine import ping
 from overdrive.pool.sizes import excess
 
 pytestmark = pytest.mark.anyio
@@ -185,6 +191,21 @@ async def test_strict_refuses_to_connect(server_url: str) -> None:
 
 
 # SQLite
+
+
+async def test_nothing_is_left_of_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = aiosqlite.Connection.stop
+
+    def stop_late(connection: aiosqlite.Connection) -> Any:
+        connection._tx.put_nowait((None, partial(time.sleep, 0.1)))
+        return stop(connection)
+
+    monkeypatch.setattr(aiosqlite.Connection, "stop", stop_late)
+    threads = set(threading.enumerate())
+    with pytest.raises(ConfigurationError, match="unable to open"):
+        await ping(create_engine(f"sqlite:///{tmp_path}/nowhere/shop.sqlite"))
+    # It would tell an event loop of its end that may be closed by then.
+    assert not [each for each in set(threading.enumerate()) - threads if "_connection_worker_thread" in each.name]
 
 
 async def test_writers_queue_on_sqlite(sqlite_url: str) -> None:

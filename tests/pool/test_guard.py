@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,20 +126,19 @@ def held(overdrive: Overdrive) -> int:
     return overdrive.engine.sync_engine.pool.checkedout()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", [*KINDS, "sync"])
-async def test_row_is_committed_and_connection_back_at_first_byte(
-    url: str, database: Engine, kind: str, place: str
-) -> None:
+async def test_row_is_committed_and_connection_back_at_first_byte(url: str, database: Engine) -> None:
     app, overdrive = served(url)
     seen: list[Any] = []
-
-    answer = await call(
-        app, f"{place}/{kind}?name=kept", "POST", at_start=lambda: seen.append((names(database), held(overdrive)))
-    )
-
-    assert (answer.status, answer.error) == (200, None)
-    assert seen == [(["kept"], 0)]
+    kept: list[str] = []
+    for place, kind in product(PLACES, [*KINDS, "sync"]):
+        path = f"{place}/{kind}"
+        kept.append(path)
+        answer = await call(
+            app, f"{path}?name={path}", "POST", at_start=lambda: seen.append((names(database), held(overdrive)))
+        )
+        assert (answer.status, answer.error) == (200, None), path
+        assert seen.pop() == (kept, 0), path
+        assert not seen, path
     await overdrive.aclose()
 
 
@@ -153,29 +153,27 @@ async def test_status_from_400_rolls_back(url: str, database: Engine, path: str)
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", [*KINDS, "sync"])
 async def test_failing_commit_is_answered_by_the_apps_own_handler(
-    url: str, database: Engine, kind: str, place: str, spec_version: str
+    url: str, database: Engine, spec_version: str
 ) -> None:
     app, overdrive = served(url)
-    answer = await call(app, f"{place}/{kind}?name=orphan&parent=99", "POST", spec_version=spec_version)
-    assert (answer.status, answer.body, answer.starts) == (409, b'{"conflict":true}', 1)
-    assert names(database) == []
-    assert held(overdrive) == 0
+    for place, kind in product(PLACES, [*KINDS, "sync"]):
+        path = f"{place}/{kind}"
+        answer = await call(app, f"{path}?name=orphan&parent=99", "POST", spec_version=spec_version)
+        assert (answer.status, answer.body, answer.starts) == (409, b'{"conflict":true}', 1), path
+        assert names(database) == [], path
+        assert held(overdrive) == 0, path
     await overdrive.aclose()
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", KINDS)
-async def test_failing_commit_without_a_handler_is_a_server_error(
-    url: str, database: Engine, kind: str, place: str
-) -> None:
+async def test_failing_commit_without_a_handler_is_a_server_error(url: str, database: Engine) -> None:
     app, overdrive = served(url, handler=False)
-    answer = await call(app, f"{place}/{kind}?name=orphan&parent=99", "POST")
-    assert (answer.status, answer.starts, answer.body) == (500, 1, b"Internal Server Error")
-    # The server is told, so that the failure is in its log.
-    assert isinstance(answer.error, IntegrityError)
+    for place, kind in product(PLACES, KINDS):
+        path = f"{place}/{kind}"
+        answer = await call(app, f"{path}?name=orphan&parent=99", "POST")
+        assert (answer.status, answer.starts, answer.body) == (500, 1, b"Internal Server Error"), path
+        # The server is told, so that the failure is in its log.
+        assert isinstance(answer.error, IntegrityError), path
     await overdrive.aclose()
 
 

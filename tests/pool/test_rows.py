@@ -59,7 +59,7 @@ def read(engine: Engine, action: Action) -> tuple[Any, set[str]]:
         return action(session), collected.tags
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.sampled_from(READS), st.sampled_from(WRITES), IDS, IDS, IDS, IDS)
 def test_what_changes_a_reading_names_something_of_it(
     engine: Engine, recorder: Recorder, how: str, change: str, i: int, j: int, k: int, m: int

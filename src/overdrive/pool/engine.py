@@ -176,6 +176,8 @@ def _pooling(
 def _adapt(url: URL, options: dict[str, Any], password: Password | None, pgbouncer: bool) -> None:
     if password is not None and not callable(password):
         raise ConfigurationError("password= takes a function that returns one; what does not change stands in the URL")
+    if url.drivername == "sqlite+aiosqlite":
+        options["connect_args"] = {"async_creator_fn": _open, **options.get("connect_args", {})}
     if not pgbouncer:
         return
     driver = url.get_driver_name()
@@ -331,6 +333,23 @@ def _stop_thread(dialect: Dialect, dbapi_connection: Any) -> None:
     # The cancellation that has led here goes on without this one.
     with contextlib.suppress(asyncio.CancelledError):
         await_only(to_the_end(close(dialect, dbapi_connection)))
+
+
+async def _open(*arguments: Any, **options: Any) -> Any:
+    """Connect to SQLite; where that fails, raise when the attempt's thread has ended.
+
+    It tells the event loop of its end, and dies with a trace on stderr where that has been closed by then.
+    """
+    import aiosqlite
+
+    connection = aiosqlite.connect(*arguments, **options)
+    # As SQLAlchemy has it: a connection that nobody closes must not keep the process.
+    connection._thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        await asyncio.to_thread(connection._thread.join)
+        raise
 
 
 def _behave_like_a_server(dbapi_connection: Any, _record: Any) -> None:
