@@ -272,6 +272,7 @@ def on(advice: Advice) -> str:
     return advice.sql.partition(" ON ")[2].partition(" ")[2]
 
 
+@pytest.mark.parametrize("url", ["aiosqlite", "asyncpg"], indirect=True)
 @pytest.mark.parametrize("name", CASES)
 async def test_what_is_said_of_a_statement(url: str, database: Engine, name: str) -> None:
     case = CASES[name]

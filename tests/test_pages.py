@@ -273,7 +273,7 @@ async def test_cursor_that_is_too_long_is_a_coded_400(http: httpx2.AsyncClient) 
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid_cursor")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 async def test_no_changed_cursor_is_accepted(http: httpx2.AsyncClient, data: st.DataObject) -> None:
     cursor = await first_cursor(http, "/feed?size=2")

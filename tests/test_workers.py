@@ -78,7 +78,7 @@ def test_what_a_dead_worker_has_counted_is_not_lost(four: Workers) -> None:
     os.kill(dying, signal.SIGKILL)
     for _ in range(5):
         four.read(other)
-        assert asked(other) == four.sent
+        until_all_is_told(other, four)
 
 
 def test_one_worker_keeps_and_counts(tmp_path: Path) -> None:

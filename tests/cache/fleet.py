@@ -24,7 +24,7 @@ from redis.asyncio import Redis as AsyncRedis
 from support import eventually
 
 from overdrive import Overdrive, cached
-from overdrive.cache import flight, member
+from overdrive.cache import flight
 
 #: Redis' keys: who has run the endpoint, and whether it may answer.
 RAN, OPEN = "fleet:ran", "fleet:open"
@@ -155,8 +155,6 @@ def application(redis_url: str, database: str) -> Any:
 def main(listener: str, redis_url: str, database: str) -> None:
     # The endpoint is held until all requests are there.
     flight._PATIENCE = 120.0
-    # One that is stopped is a leader that stands still, not a process that is cut off from Redis.
-    member._LEASE = 3600.0
     config = uvicorn.Config(application(redis_url, database), fd=int(listener), log_level="error", backlog=4096)
     uvicorn.Server(config).run()
 

@@ -6,7 +6,7 @@ import pytest
 from cache.identities import search
 
 
-@pytest.mark.parametrize(("stored", "stories"), [("memory", 70), ("redis", 20)])
+@pytest.mark.parametrize(("stored", "stories"), [("memory", 120), ("redis", 30)])
 def test_nobody_gets_anothers_response(
     request: pytest.FixtureRequest, sqlite_url: str, stored: str, stories: int
 ) -> None:

@@ -211,7 +211,8 @@ async def test_cancelled_block_of_a_factory_rolls_back(url: str, database: Engin
 async def test_many_plain_functions_on_a_small_pool_do_not_deadlock(url: str, database: Engine) -> None:
     """Were forty endpoint threads to wait for two connections, those that have one would find none to go on in."""
     app = FastAPI()
-    settings = Settings(database_url=url, pool={"size": 2, "max_overflow": 0, "timeout": 20})  # type: ignore[arg-type]
+    patient = {"pool": {"size": 2, "max_overflow": 0, "timeout": 20}, "admission": {"max_wait": 20}}
+    settings = Settings(database_url=url, **patient)  # type: ignore[arg-type]
     overdrive = Overdrive(app, settings=settings)
     inside = threading.Semaphore(0)
 
