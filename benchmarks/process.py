@@ -50,11 +50,13 @@ class Server:
 
     def __init__(self, factory: str, directory: Path, environment: dict[str, str]) -> None:
         self._log = directory / "stderr.txt"
+        # A machine of its own, as it were: in-process caches look for others that use the same database.
+        own = {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(directory)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.server", factory],
                 cwd=directory,
-                env={**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                env={**os.environ, **environment, **own},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -337,7 +337,7 @@ class RequestPath:
         context.find_route = functools.partial(self._installation.route_of, scope, path)
         try:
             if scope["type"] == "http":
-                await self._serve(context, scope, receive, send)
+                await self._serve(context, scope, asked, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
@@ -345,7 +345,7 @@ class RequestPath:
             if context.exchange is not None and context.exchange.is_stale:
                 self._refresh(context.exchange, asked)
 
-    async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, context: RequestContext, scope: Scope, asked: Scope, receive: Receive, send: Send) -> None:
         context.tenant = self._installation.tenant_of(scope)
         if (known := self._installation.known(scope, context.tenant)) is not None:
             wishes = wishes_of(scope["headers"])
@@ -366,7 +366,7 @@ class RequestPath:
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
-            await self._installation.attempts.run(self.app, context, scope, receive, guard)
+            await self._installation.attempts.run(self.app, context, scope, asked, receive, guard)
         except CommitFailed as failed:
             failure = failed.error
         except DeadlineExceededError as error:
@@ -424,7 +424,7 @@ class RequestPath:
                 context.status = message["status"]
 
         with serving(context):
-            await self._serve(context, scope, _client_with(body), told)
+            await self._serve(context, scope, dict(scope), _client_with(body), told)
         return context.status
 
 

@@ -86,8 +86,9 @@ class Visit:
     def end(self) -> None:
         """Note that the request is over, whatever it holds yet."""
         self._is_over = True
-        self.holds = min(self.holds, 1)
-        self.let_go()
+        if self.holds:
+            self.holds = 1
+            self.let_go()
         if self._task is not None:
             self._task.cancel()
 
@@ -286,15 +287,21 @@ class Admission:
     def learn(self, visit: Visit) -> None:
         """Note whether a request that was run has needed a database."""
         key = id(visit.scope.get("endpoint"))
-        gate, share = self._needs.get(key, (visit.gate, 0.0))
-        gate = visit.gate or gate
+        known, gate = self._needs.get(key), visit.gate
         if gate is not None:
-            self._needs[key] = gate, share + ((visit.gate is not None) - share) * _LEARNING
+            share = 0.0 if known is None else known[1]
+            self._needs[key] = gate, share + (1 - share) * _LEARNING
+        elif known is not None:
+            self._needs[key] = known[0], known[1] * (1 - _LEARNING)
 
     @property
     def refuses(self) -> bool:
         """Say whether it is worth asking `refuse`."""
-        return any(gate.queue.stands for gate in self._every())
+        for gates in self._gates.values():
+            for gate in gates:
+                if gate.queue.stands:
+                    return True
+        return False
 
     def refuse(self, visit: Visit, endpoint: object) -> OverloadedError | None:
         """Refuse a request that is not begun, where its endpoint always needs a database that cannot take it."""

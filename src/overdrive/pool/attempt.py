@@ -36,19 +36,26 @@ class Attempts:
         self._stop_abandoned = stop_abandoned
         self._repetitions = _SAVED
 
-    async def run(self, app: App, context: RequestContext, scope: Any, receive: Receive, guard: SendGuard) -> None:
+    async def run(
+        self, app: App, context: RequestContext, scope: Any, asked: Any, receive: Receive, guard: SendGuard
+    ) -> None:
         """Run one request, and once more if it is safe and has failed on a connection that was dead already.
+
+        asked: the scope as it came: the router notes in the other where it leads to.
 
         Raises `DeadlineExceededError` where its time has run out, and whatever the app raises.
         """
         if scope["method"] not in _SAFE:
             await self._run(app, context, scope, receive, guard)
             return
-        self._repetitions = min(_SAVED, self._repetitions + _SHARE)
-        # As it came: the router notes in the other where it leads to.
-        again, exchange, incoming = dict(scope), context.exchange, Incoming(receive)
+        if self._repetitions < _SAVED:
+            self._repetitions += _SHARE
+        exchange, incoming = context.exchange, Incoming(receive)
         try:
-            await self._run(app, context, scope, incoming, guard)
+            if context.deadline is None and not self._stop_abandoned:
+                await app(scope, incoming, guard.send)
+            else:
+                await self._run(app, context, scope, incoming, guard)
         except Exception as error:
             unseen = not guard.has_begun and not incoming.is_read and context.exchange is exchange
             # SQLAlchemy says of an error whether the connection was lost with it.
@@ -58,7 +65,7 @@ class Attempts:
             self._repetitions -= 1
             await guard.abandon()
             context.work.clear()
-            await self._run(app, context, again, incoming, guard)
+            await self._run(app, context, dict(asked), incoming, guard)
         finally:
             incoming.close()
 
