@@ -19,7 +19,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, TypeAdapter
 from .cache.exchange import Exchange, form_of, wishes_of
 from .cache.key import KeyPlan, Shortcuts, canonical_json, key_of
 from .cache.policy import Policy
-from .cache.tags import tag_of_tenant
+from .cache.tags import everything_beside, tag_of_tenant
 from .cache.trust import Trust
 from .cache.values import key_of_call, tag_of_call
 from .config import CacheSettings
@@ -92,7 +92,8 @@ def cache_route(
         tells_age=not mark.browser_ttl,
         gzip=settings.gzip,
         hide_status=settings.hide_status,
-        tags=mark.tags,
+        tags=(*mark.tags, *mark.depends, *sorted(map(everything_beside, mark.depends))),
+        knows_reads=bool(mark.depends),
         trust=trust,
     )
     add_dependency(site, _look_up(site, policy, calls, shortcuts, [dependant.call for dependant in asking]))
@@ -305,7 +306,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     names = frozenset(parameters) if parameters is not None else None
-    fingerprint = _fingerprint(site, (ttl, mark.browser_ttl, mark.tags), database)
+    fingerprint = _fingerprint(site, (ttl, mark.browser_ttl, mark.tags, mark.depends), database)
     return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names, mark.body)
 
 

@@ -202,6 +202,7 @@ def cached(
     ttl: float | timedelta | None = None,
     scope: Literal["public"] | None = None,
     tags: Collection[str] = (),
+    depends: Collection[str] = (),
     body: bool = False,
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
@@ -216,6 +217,7 @@ def cached(
     ttl: float | timedelta | None = None,
     scope: Literal["public"] | None = None,
     tags: Collection[str] = (),
+    depends: Collection[str] = (),
     body: bool = False,
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
@@ -231,6 +233,8 @@ def cached(
         route's dependencies read the identity of, and they run first.
     tags: names of one's own that outdate the responses, besides what they read: `await cache.invalidate("catalogue")`
         drops what `tags=["catalogue"]` has marked, for all tenants.
+    depends: the tables that are read in ways nobody can read off the statements (textual SQL, functions, views): by
+        name, or `engine/table` for another engine's. Without it such a response is not kept.
     body: a POST is cached too, by its body of JSON: it asks for something, as a search does. One that has written is
         never stored.
     stale_while_revalidate: seconds after its end in which a response is served yet, while the request is run once
@@ -271,6 +275,7 @@ def cached(
         ttl=seconds,
         public=scope == "public",
         tags=tuple(tags_of(tags)),
+        depends=tuple(tags_of(depends)),
         body=body,
         stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
         stale_if_error=_seconds("stale_if_error", stale_if_error),
@@ -307,6 +312,7 @@ class Mark:
     ttl: float | None
     public: bool
     tags: tuple[str, ...] = ()
+    depends: tuple[str, ...] = ()
     body: bool = False
     stale_while_revalidate: float = 0
     stale_if_error: float = 0

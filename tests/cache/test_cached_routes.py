@@ -636,6 +636,32 @@ async def test_reads_that_name_no_tables_are_not_kept_and_the_log_says_why(
     assert len(warnings) == 1
     assert "/textual/{number} is marked @cached" in warnings[0]
     assert "textual SQL names no tables" in warnings[0]
+    assert "@cached(depends=[...])" in warnings[0]
+
+
+async def test_reads_that_name_no_tables_are_kept_where_they_are_declared(service: Service) -> None:
+    @service.app.get("/counted")
+    @cached(depends=["items"])
+    async def counted(db: SessionDep) -> int:
+        return (await db.execute(text("SELECT count(*) FROM items"))).scalar_one()
+
+    async def other(db: AsyncSession) -> None:
+        await db.execute(insert(Other).values(name="new"))
+
+    async def item(db: AsyncSession) -> None:
+        await db.execute(insert(Item).values(name="new"))
+
+    async def anything(db: AsyncSession) -> None:
+        await db.execute(text("DELETE FROM items"))
+
+    assert await service.marks("/counted", "/counted") == MISS_AND_HIT
+    await service.write(other)
+    assert await service.marks("/counted") == ["hit"]
+    for work, count in ((item, 2), (anything, 0)):
+        await service.write(work)
+        answer = await service.get("/counted")
+        assert (answer.headers["x-cache"], answer.json()) == ("miss", count)
+        assert await service.marks("/counted") == ["hit"]
 
 
 async def cookie() -> Response:

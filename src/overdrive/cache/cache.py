@@ -457,4 +457,5 @@ class Cache:
         """Say why a route that asks to be cached is not, the first time it happens."""
         if (route, reason) not in self._complained:
             self._complained.add((route, reason))
-            logger.warning("%s is marked @cached but its response cannot be: %s", route, reason)
+            cure = "where tables are all it reads, name them: @cached(depends=[...])"
+            logger.warning("%s is marked @cached but its response cannot be: %s; %s", route, reason, cure)

@@ -351,7 +351,7 @@ class Exchange:
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
         if self.context.wrote:
             return "wrote"
-        if unknown := self.context.reads.unknown:
+        if (unknown := self.context.reads.unknown) and not self.policy.knows_reads:
             self._cache.complain_once(self.context.route, unknown[0])
             return "unknown-reads"
         if refused := self._cache.store.refuses(self.context.reads.tags):

@@ -29,6 +29,7 @@ class Policy:
     gzip: whether bodies are kept as gzip, too.
     hide_status: whether responses keep silent about the cache.
     tags: what outdates its responses, besides what they read.
+    knows_reads: whether these name all that is read in ways nobody can read off the statements.
     trust: how its hits are treated, and how it has done.
     """
 
@@ -44,6 +45,7 @@ class Policy:
     gzip: bool = False
     hide_status: bool = False
     tags: tuple[str, ...] = ()
+    knows_reads: bool = False
     trust: Trust = field(default_factory=Trust, compare=False)
 
     @property

@@ -26,6 +26,11 @@ def tags_of(names: Iterable[str]) -> list[str]:
     return tags
 
 
+def everything_beside(tag: str) -> str:
+    """Return the tag of what is written to a table's engine in ways that nobody can read."""
+    return f"{tag.partition('/')[0]}/*"
+
+
 def tag_of_tenant(tenant: str) -> str:
     """Return the tag of what is kept for a tenant.
 
