@@ -74,15 +74,17 @@ def _need(extra: str, *modules: str) -> None:
             ) from None
 
 
+#: Of every group of commands: help where none is named, and tracebacks and texts as they are.
+_PLAIN: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
 def _commands() -> "typer.Typer":
     import typer
 
     app = typer.Typer(
         help="The performance layer for FastAPI.",
         add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
+        **_PLAIN,
     )
 
     @app.command()
@@ -440,9 +442,7 @@ def _trigger_commands() -> "typer.Typer":
 
     triggers = typer.Typer(
         help="Have PostgreSQL tell of what others write: psql, other services, foreign keys.",
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
+        **_PLAIN,
     )
     target_ = Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", show_default=False)]
     url_ = Annotated[str | None, typer.Option("--database-url", help="PostgreSQL; else the app's.")]

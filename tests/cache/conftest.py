@@ -39,6 +39,18 @@ def store_url(request: pytest.FixtureRequest) -> Iterator[str | None]:
     return request.getfixturevalue("redis_url") if request.param == "redis" else None
 
 
+@pytest.fixture(params=["memory", "redis", "cluster"])
+def stores_url(request: pytest.FixtureRequest) -> str | None:
+    """The same, and a cluster."""
+    match request.param:
+        case "redis":
+            url: str = request.getfixturevalue("redis_url")
+            return url
+        case "cluster":
+            return request.getfixturevalue("cluster").url
+    return None
+
+
 @pytest.fixture
 async def service(sqlite_url: str, store_url: str | None) -> AsyncIterator[Service]:
     """The app over each store."""

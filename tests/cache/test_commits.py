@@ -28,17 +28,6 @@ WRITES = frozenset((ITEMS,))
 OTHERS = "default/others"
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def stores_url(request: pytest.FixtureRequest) -> str | None:
-    match request.param:
-        case "redis":
-            url: str = request.getfixturevalue("redis_url")
-            return url
-        case "cluster":
-            return request.getfixturevalue("cluster").url
-    return None
-
-
 @pytest.fixture
 async def caches(stores_url: str | None) -> AsyncIterator[tuple[Cache, Cache]]:
     """The writer's, and that of somebody who reads: in one process they are one."""

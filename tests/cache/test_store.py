@@ -31,20 +31,9 @@ pytestmark = pytest.mark.anyio
 OTHERS = "default/others"
 
 
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def store_url(request: pytest.FixtureRequest) -> str | None:
-    match request.param:
-        case "redis":
-            url: str = request.getfixturevalue("redis_url")
-            return url
-        case "cluster":
-            return request.getfixturevalue("cluster").url
-    return None
-
-
 @pytest.fixture
-async def store(store_url: str | None) -> AsyncIterator[Store]:
-    store = store_at(store_url, "test") if store_url else MemoryStore()
+async def store(stores_url: str | None) -> AsyncIterator[Store]:
+    store = store_at(stores_url, "test") if stores_url else MemoryStore()
     yield store
     await store.aclose()
 

@@ -46,20 +46,6 @@ def test_a_list_read_from_end_to_end_is_known_evenly() -> None:
 # Any list
 
 
-@pytest.fixture(scope="module")
-def postgres_walker(postgres_url: str) -> Iterator[Walker]:
-    walker = Walker(create_engine(postgres_url.replace("asyncpg", "psycopg")))
-    yield walker
-    walker.close()
-
-
-@pytest.fixture(scope="module")
-def lite_walker() -> Iterator[Walker]:
-    walker = Walker(create_engine("sqlite://"))
-    yield walker
-    walker.close()
-
-
 @pytest.fixture
 def all_deep(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if each page were far behind, and each row worth remembering."""

@@ -67,20 +67,6 @@ def lite() -> Iterator[Engine]:
     engine.dispose()
 
 
-@pytest.fixture(scope="module")
-def postgres_walker(postgres_url: str) -> Iterator[Walker]:
-    walker = Walker(create_engine(postgres_url.replace("asyncpg", "psycopg")))
-    yield walker
-    walker.close()
-
-
-@pytest.fixture(scope="module")
-def lite_walker() -> Iterator[Walker]:
-    walker = Walker(create_engine("sqlite://"))
-    yield walker
-    walker.close()
-
-
 @pytest.fixture(params=["lite", "postgres"])
 def walker(request: pytest.FixtureRequest) -> Walker:
     made: Walker = request.getfixturevalue(f"{request.param}_walker")

@@ -11,6 +11,7 @@ from typing import Any
 
 from overdrive.context import RequestContext
 from overdrive.errors import OverloadedError
+from overdrive.waking import wake
 
 from .limit import Limit, Priority, Queue, Refusal, Waiter
 
@@ -124,24 +125,15 @@ class Visit:
 class _Waiting(Waiter):
     """A request in the queue."""
 
-    __slots__ = ("_loop", "hung_up", "woken")
+    __slots__ = ("hung_up", "woken")
 
     def __init__(self, priority: Priority, since: float) -> None:
         super().__init__(priority, since)
         self.hung_up = False
-        self._loop = asyncio.get_running_loop()
-        self.woken: asyncio.Future[None] = self._loop.create_future()
+        self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self) -> None:
-        # What is collected as garbage gives its connection back from wherever that happens.
-        if asyncio._get_running_loop() is self._loop:
-            self._go_on()
-        else:
-            self._loop.call_soon_threadsafe(self._go_on)
-
-    def _go_on(self) -> None:
-        if not self.woken.done():
-            self.woken.set_result(None)
+        wake(self.woken)
 
 
 def _priority_of(endpoint: object) -> Priority:

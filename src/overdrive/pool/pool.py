@@ -21,6 +21,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from overdrive.context import current
 from overdrive.errors import ConfigurationError, OverloadedError
 from overdrive.instrumentation.numbers import Histogram
+from overdrive.waking import wake
 
 from .closing import abandon, close, has_loop, watch
 from .fair import Fair, Place, Pooled, Refusal, Waiter
@@ -82,24 +83,15 @@ class PoolStatistics:
 class _InLoop(Waiter):
     """A greenlet that waits."""
 
-    __slots__ = ("_loop", "_woken")
+    __slots__ = ("_woken",)
 
     def __init__(self, deadline: float) -> None:
         super().__init__(deadline)
-        self._loop = asyncio.get_running_loop()
-        self._woken: asyncio.Future[None] = self._loop.create_future()
+        self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self) -> None:
         """Let it go on."""
-        # Garbage of this loop may be collected in any thread.
-        if asyncio._get_running_loop() is self._loop:
-            self._go_on()
-        else:
-            self._loop.call_soon_threadsafe(self._go_on)
-
-    def _go_on(self) -> None:
-        if not self._woken.done():
-            self._woken.set_result(None)
+        wake(self._woken)
 
     def block(self) -> None:
         """Wait for an answer."""
