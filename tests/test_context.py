@@ -152,16 +152,3 @@ async def test_fields_bound_outside_a_request_reach_what_is_started_there_and_no
 
     assert await asyncio.gather(job("a"), job("b")) == [{"job": "a", "child": True}, {"job": "b", "child": True}]
     assert bound() == {}
-
-
-async def test_a_request_that_raises_stays_current_for_what_logs_the_failure() -> None:
-    async def server() -> RequestContext | None:
-        with pytest.raises(ZeroDivisionError), serving(request()):
-            raise ZeroDivisionError
-        return current()
-
-    # In a task of its own, as every server has one for each request.
-    left = await asyncio.create_task(server())
-    assert left is not None
-    assert left.request_id == "1"
-    assert current() is None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -454,3 +455,19 @@ def test_ids_differ_whoever_seeds_or_forks() -> None:
     ids = [line for run in runs for line in run.stdout.splitlines()]
     # What was printed before the fork is in the buffers of both.
     assert len(set(ids)) == 8
+
+
+async def test_a_request_that_raises_stays_current_for_what_logs_the_failure(sqlite_url: str) -> None:
+    app = served(sqlite_url)
+
+    async def server(path: str) -> RequestContext | None:
+        with suppress(RuntimeError):
+            await call(app, path)
+        return current()
+
+    # In a task of its own, as every server has one for each request.
+    left = await asyncio.create_task(server("/broken"))
+    assert left is not None
+    assert left.path == "/broken"
+    assert await asyncio.create_task(server("/ok/1")) is None
+    assert current() is None

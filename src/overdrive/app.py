@@ -84,7 +84,7 @@ class Overdrive:
         #: Further parts whose numbers are exported: by their names, or of several things by the name of each.
         self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {"admission": self.admission.statistics}
         self._exporter: Exporter | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._observations: list[Observation] = []
 
         if sessionmaker is not None and engine is None:
@@ -140,11 +140,11 @@ class Overdrive:
         if not prepared:
             prepare(engine)
         observation = observe(engine, name, self.cache.invalidator)
-        if self._loop is not None:
+        if self.loop is not None:
             # It is made while the app serves, so `enter_loop` was too early for it.
-            observation.loop = self._loop
-        pool = engine.pool
-        if (capacity := capacity_of(pool)) is not None and isinstance(pool, FairPool | QueuePool):
+            observation.loop = self.loop
+        pool, capacity = engine.pool, capacity_of(engine.pool)
+        if self.settings.admission.enabled and capacity is not None and isinstance(pool, FairPool | QueuePool):
             observation.admission = self.admission.gate(name, pool.size(), capacity)
         self._observations.append(observation)
 
@@ -208,13 +208,13 @@ class Overdrive:
     def enter_loop(self) -> None:
         """Note the running loop; connections of one that has closed (a test's) are left behind with it."""
         loop = asyncio.get_running_loop()
-        if loop is self._loop:
+        if loop is self.loop:
             return
-        if self._loop is not None and self._loop.is_closed():
+        if self.loop is not None and self.loop.is_closed():
             for engine in self.engines.values():
                 engine.sync_engine.dispose(close=False)
             self.admission.reset()
-        self._loop = loop
+        self.loop = loop
         for observation in self._observations:
             observation.loop = loop
         for listener in self._listeners:

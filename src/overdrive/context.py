@@ -54,118 +54,82 @@ class RequestContext:
     the request's event carries. Durations are seconds, sizes bytes.
     """
 
-    __slots__ = (
-        "admission_wait",
-        "bytes_sent",
-        "cache_status",
-        "cursor_keys",
-        "database_time",
-        "deadline",
-        "duration",
-        "exchange",
-        "fields",
-        "find_route",
-        "instant",
-        "log_end",
-        "method",
-        "outcome",
-        "page",
-        "page_style",
-        "path",
-        "pool_wait",
-        "query",
-        "reads",
-        "refreshing",
-        "refused",
-        "repeats",
-        "request_id",
-        "response",
-        "route",
-        "rows",
-        "runtime",
-        "span_id",
-        "statements",
-        "status",
-        "tails",
-        "tenant",
-        "trace_id",
-        "visit",
-        "work",
-        "wrote",
-    )
+    # What most requests never touch is the class's: each value set here costs every request.
 
-    def __init__(
-        self,
-        *,
-        request_id: str,
-        method: str,
-        path: str,
-        query: str = "",
-        cursor_keys: tuple[bytes, ...] = (),
-        runtime: Any = None,
-        trace_id: str | None = None,
-        span_id: str | None = None,
-    ) -> None:
+    trace_id: str | None = None
+    span_id: str | None = None
+    query = ""
+    #: The `Overdrive` that serves this request.
+    runtime: Any = None
+    #: What cursors may be signed with; new ones with the first.
+    cursor_keys: tuple[bytes, ...] = ()
+    #: Returns the template of the route that a scope was led to, once the router has noted it there.
+    find_route: Callable[[Any, Any], str | None] | None = None
+    #: The request as the router sees it, which notes there where it leads to; and as it came to the router.
+    scope: Any = None
+    asked: Any = None
+    #: What the client sends, where it may be looked at before the app asks for it.
+    incoming: Any = None
+    #: Whose data the request is about, where the app has tenants.
+    tenant: str | None = None
+    #: When the request's time runs out, by `time.monotonic`; None where it has as much as it likes.
+    deadline: float | None = None
+    #: FastAPI's response object, on which dependencies set headers and cookies.
+    response: Any = None
+    #: The page parameters the client sent, where the route declares a page.
+    page: Any = None
+    #: The request as admission sees it, once it has asked for a database; and why it was not admitted to it.
+    visit: Any = None
+    refused: str | None = None
+    #: The cache's write clock when the request came in, and the request's passage through the cache.
+    instant: Any = None
+    exchange: Any = None
+    #: Whether this is a request once more, behind an answer that has expired, to make it anew.
+    refreshing = False
+    #: How often each statement may be executed, and has been, where that is counted.
+    repeated_statements: int | None = None
+    repeats: Any = None
+    #: The end of a log line of this request, once it is encoded.
+    log_end: bytes | None = None
+
+    status: int | None = None
+    duration = 0.0
+    bytes_sent = 0
+    cache_status: str | None = None
+    admission_wait = 0.0
+    pool_wait = 0.0
+    statements = 0
+    database_time = 0.0
+    rows = 0
+    page_style: str | None = None
+    outcome: Outcome = "ok"
+    _route: str | None = None
+
+    def __init__(self, request_id: str, method: str, path: str) -> None:
         self.request_id = request_id
-        self.trace_id = trace_id
-        self.span_id = span_id
         self.method = method
         self.path = path
-        self.query = query
-        #: What cursors may be signed with; new ones with the first.
-        self.cursor_keys = cursor_keys
-        #: The `Overdrive` that serves this request.
-        self.runtime = runtime
 
-        #: Whose data the request is about, where the app has tenants.
-        self.tenant: str | None = None
         #: The sessions to be ended before the first byte.
         self.work: list[UnitOfWork] = []
-        #: When the request's time runs out, by `time.monotonic`; None where it has as much as it likes.
-        self.deadline: float | None = None
-        #: FastAPI's response object, on which dependencies set headers and cookies.
-        self.response: Any = None
-        #: The page parameters the client sent, where the route declares a page.
-        self.page: Any = None
-        #: The request as admission sees it, where it takes part; and why it was not admitted to a database.
-        self.visit: Any = None
-        self.refused: str | None = None
         self.reads = Reads()
-        #: The cache's write clock when the request came in, and the request's passage through the cache.
-        self.instant: Any = None
-        self.exchange: Any = None
-        #: Whether this is a request once more, behind an answer that has expired, to make it anew.
-        self.refreshing = False
-        #: How often it has executed each statement, where that is counted.
-        self.repeats: Any = None
         #: Tags this request's committed or open transactions have written.
         self.wrote: set[str] = set()
         #: What `bind` added, for every record and the event.
         self.fields: dict[str, Any] = {}
-        #: The end of a log line of this request, once it is encoded.
-        self.log_end: bytes | None = None
         #: By handler, the lines that are held until the request has ended; none are from then on.
         self.tails: dict[Any, Any] | None = {}
 
-        self.route: str | None = None
-        #: Returns the template of the route that serves the request, once the router has found it.
-        self.find_route: Callable[[], str | None] | None = None
-        self.status: int | None = None
-        self.duration = 0.0
-        self.bytes_sent = 0
-        self.cache_status: str | None = None
-        self.admission_wait = 0.0
-        self.pool_wait = 0.0
-        self.statements = 0
-        self.database_time = 0.0
-        self.rows = 0
-        self.page_style: str | None = None
-        self.outcome: Outcome = "ok"
-
     @property
-    def served_by(self) -> str | None:
+    def route(self) -> str | None:
         """The template of the route that serves this request, as far as that is known by now."""
-        return self.route or (self.find_route() if self.find_route is not None else None)
+        if self._route is None and self.find_route is not None:
+            return self.find_route(self.scope, self.asked)
+        return self._route
+
+    @route.setter
+    def route(self, template: str | None) -> None:
+        self._route = template
 
     @property
     def lacks_tenant(self) -> bool:
@@ -178,36 +142,30 @@ _collectors: ContextVar[tuple[Reads, ...]] = ContextVar("overdrive_collectors", 
 _unbound_fields: ContextVar[dict[str, Any]] = ContextVar("overdrive_fields", default={})  # noqa: B039
 
 
+#: What `serving` does, without what that costs each request.
+serve, serve_no_more = _request.set, _request.reset
+
+
 def current() -> RequestContext | None:
     """Return the request being served here, if one is."""
     return _request.get()
 
 
-class serving:  # noqa: N801 - a context manager, of which a generator would cost each request three times as much
+@contextmanager
+def serving(context: RequestContext) -> Iterator[RequestContext]:
     """Make `context` the current request, and its reads the outermost collector."""
-
-    __slots__ = ("_collectors", "_context", "_request")
-
-    def __init__(self, context: RequestContext) -> None:
-        self._context = context
-
-    def __enter__(self) -> RequestContext:
-        self._request, self._collectors = _request.set(self._context), _collectors.set((self._context.reads,))
-        return self._context
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        # Not where the block has raised: the server is about to log that, and its record belongs to this request
-        # too. Nothing is left behind, as a server runs each request in a context of its own.
-        if kind is None:
-            _collectors.reset(self._collectors)
-            _request.reset(self._request)
+    before = serve(context)
+    try:
+        yield context
+    finally:
+        serve_no_more(before)
 
 
 @contextmanager
 def collecting() -> Iterator[Reads]:
     """Collect what is read inside, as well as for every collector already open."""
     reads = Reads()
-    token = _collectors.set((*_collectors.get(), reads))
+    token = _collectors.set((*collectors(), reads))
     try:
         yield reads
     finally:
@@ -215,8 +173,12 @@ def collecting() -> Iterator[Reads]:
 
 
 def collectors() -> tuple[Reads, ...]:
-    """Return the open collectors, outermost first."""
-    return _collectors.get()
+    """Return the open collectors, outermost first: in a request that is its own."""
+    context, opened = _request.get(), _collectors.get()
+    # Those of whoever sends a request from within another are not the inner one's.
+    if context is not None and (not opened or opened[0] is not context.reads):
+        return (context.reads,)
+    return opened
 
 
 def bind(**fields: Any) -> None:

@@ -97,9 +97,9 @@ class SyncRequestSession:
 
 async def _admitted(sessions: SyncSessions, context: RequestContext) -> Callable[[], None]:
     observation = observation_of(sessions.engine)
-    if context.visit is None or observation is None or observation.admission is None:
+    if observation is None or (admission := observation.admission) is None:
         return lambda: None
-    return observation.admission.enter(context.visit) or await observation.admission.wait(context.visit)
+    return admission.enter(context) or await admission.wait(context)
 
 
 class SessionFactory:

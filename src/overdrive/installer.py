@@ -3,6 +3,7 @@
 Of the app, `build_middleware_stack`, `user_middleware` and `openapi` are touched here; of its routes, see `routes`.
 """
 
+import asyncio
 import inspect
 import logging
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import parent_process
 from types import FunctionType
@@ -23,12 +25,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.routing import compile_path
 
-from .admission.gate import Visit
+from .admission.gate import Admission
 from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import CacheSettings, LogSettings, PaginationSettings
+from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
@@ -83,14 +85,16 @@ class Installation:
         self.cursor_keys: tuple[bytes, ...] = (PROCESS_KEY,)
         self.request_id_header = b"x-request-id"
         self.log = LogSettings(events=False)
-        #: Seconds that a request has, and the header that gives it less.
+        #: Seconds that a request has, and the headers that say something to Overdrive itself.
         self.deadline: float | None = None
-        self.deadline_header: bytes | None = None
+        self.heeded = frozenset((b"traceparent",))
         self.attempts = Attempts(stop_abandoned=False)
-        self._admits = False
+        self.admission = Admission(AdmissionSettings().max_wait)
+        #: Says whose data a request is about, where the app has tenants.
+        self.tenant: Callable[[Request], str | None] | None = None
         #: What takes the events instead of the logger `overdrive.request`.
         self.events_to: BindingLogger | None = None
-        self._installed = False
+        self.is_installed = False
         #: Of requests that were seen before: how their route is cached, and under which key.
         self._shortcuts: KnownRequests = Shortcuts()
         #: By the id of a route's dependant, which is kept here so that no other gets its id.
@@ -136,10 +140,12 @@ class Installation:
         self.request_id_header = settings.log.request_id_header.lower().encode()
         self.log = settings.log
         self.deadline = settings.pool.deadline
+        if settings.log.trust_request_id:
+            self.heeded |= {self.request_id_header}
         if settings.pool.deadline_header is not None:
-            self.deadline_header = settings.pool.deadline_header.lower().encode()
+            self.heeded |= {settings.pool.deadline_header.lower().encode()}
         self.attempts = Attempts(stop_abandoned=settings.pool.stop_abandoned)
-        self._admits = settings.admission.enabled
+        self.admission, self.tenant = runtime.admission, runtime.tenant
         self.events_to = runtime.events_to
 
     # Where Overdrive stands
@@ -151,8 +157,7 @@ class Installation:
         _answer_errors(self.app)
         stack = Observer(self._build_stack(), self)
         if self.app.build_middleware_stack == self._stack:
-            if self.is_innermost:
-                stand_first(self.app, stack)
+            stand_first(self.app)
             return stack
         # What wraps it from outside, as OpenTelemetry's instrumentation does, looks for Starlette's outermost.
         return ServerErrorMiddleware(stack)
@@ -176,80 +181,52 @@ class Installation:
 
     def begin(self, context: RequestContext) -> None:
         """Note the cache's write clock before anything of the request is read."""
-        if self.runtime is not None:
-            self.runtime.enter_loop()
-            context.instant = self.runtime.cache.seen()
+        if (runtime := self.runtime) is not None:
+            if asyncio.get_running_loop() is not runtime.loop:
+                runtime.enter_loop()
+            context.instant = runtime.cache.seen()
 
-    def route_of(self, scope: Any, path: str) -> str | None:
+    def route_of(self, scope: Any, asked: Any) -> str | None:
         """Return the template of the route that served `scope`, if one did.
 
-        path: what was asked for, without the scope's root path.
+        asked: the scope as it came: a mount changes its root path.
         """
         templates = self._templates.get(id(scope.get("endpoint")), ())
         for pattern, template in templates:
-            if len(templates) == 1 or pattern.fullmatch(path):
+            if len(templates) == 1 or pattern.fullmatch(_path_of(asked)):
                 return template
         return getattr(scope.get("route"), "path", None)
-
-    def tenant_of(self, scope: Any) -> str | None:
-        """Return whose data a request is about, where the app has tenants."""
-        if self.runtime is None or self.runtime.tenant is None or scope["type"] != "http":
-            return None
-        return self.runtime.tenant(Request(scope))
 
     def known(self, scope: Any, tenant: str | None) -> Known | None:
         """Return what is known of a request that may be answered without asking the route.
 
         Such a request was seen before, and its response is nobody's own.
         """
-        if self.runtime is None or scope["type"] != "http" or scope["method"] != "GET":
+        if self.runtime is None or not self._cached or scope["type"] != "http" or scope["method"] != "GET":
             return None
-        if tenant is None and self.runtime.tenant is not None:
+        if tenant is None and self.tenant is not None:
             return None
         known = self._shortcuts.find(scope, tenant)
         # An override, of a test say, is asked where dependencies are resolved.
         return known if known is not None and not known.app.dependency_overrides else None
 
-    def has_head_of_get(self, path: str) -> bool:
-        """Say whether a HEAD is answered as its GET: if the route of that is cached, and none declares the HEAD.
-
-        path: what was asked for, without the scope's root path.
-        """
+    def has_head_of_get(self, scope: Any) -> bool:
+        """Say whether a HEAD is answered as its GET: if the route of that is cached, and none declares the HEAD."""
         if not self._cached:
             return False
+        path = _path_of(scope)
         served = [route for route in self._served if route.addresses.fullmatch(path)]
         by_get = [route.is_cached for route in served if "GET" in route.methods]
         return by_get[:1] == [True] and not any("HEAD" in route.methods for route in served)
 
-    def visit(self, context: RequestContext, scope: Any, receive: Any) -> Visit | None:
-        """Return the request as admission sees it, where that is on."""
-        if not self._admits:
-            return None
-        visit = context.visit = Visit(context, scope, receive)
-        return visit
-
-    def over(self, visit: Visit) -> None:
-        """Note that a request was run to its end."""
-        assert self.runtime is not None
-        visit.end()
-        self.runtime.admission.learn(visit)
-        # Each knows the other: what is left to the garbage collector costs every request more than all of this.
-        visit.context.visit = None
-
-    def refused(self, visit: Visit, path: str) -> OverloadedError | None:
-        """Refuse a request before its route is asked, where it is sure to be refused by its database.
-
-        path: what was asked for, without the scope's root path.
-        """
-        assert self.runtime is not None
-        if not self.runtime.admission.refuses:
-            return None
-        context = visit.context
+    def refused(self, context: RequestContext) -> OverloadedError | None:
+        """Refuse a request before its route is asked, where it is sure to be refused by its database."""
+        path = _path_of(context.asked)
         found = [route for route in self._served if context.method in route.methods and route.addresses.fullmatch(path)]
         # What is cached behind its dependencies may be a hit.
         if not found or (found[0].is_cached and context.exchange is None):
             return None
-        if (error := self.runtime.admission.refuse(visit, found[0].endpoint)) is not None:
+        if (error := self.admission.refuse(context, found[0].endpoint)) is not None:
             context.route = found[0].template
         return error
 
@@ -287,9 +264,9 @@ class Installation:
 
     def install(self) -> None:
         """Prepare every route; raises `ConfigurationError` for one that could not keep its promises."""
-        if not self._installed:
+        if not self.is_installed:
             self._prepare_all()
-            self._installed = True
+            self.is_installed = True
 
     def _prepare_all(self) -> None:
         every = list(sites(self.app)) if works(check_walk) else []
@@ -365,29 +342,35 @@ class Installation:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
 
 
-def stand_first(app: FastAPI, observer: Observer) -> None:
-    """Have hits answered before FastAPI's own `__call__`, which takes as long as all that is left of them.
+def _path_of(scope: Any) -> str:
+    """Return what was asked for, without the scope's root path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
-    Not where anybody else stands there: a class of the team's, what has patched FastAPI's or Starlette's, or FastAPI's
-    own telemetry, as long as it has somewhere to send to.
+
+def stand_first(app: FastAPI) -> None:
+    """Have requests go straight to the app's middlewares, where FastAPI's own `__call__` has nothing to do for them.
+
+    For each request it looks whether there is telemetry to send somewhere, which takes as long as a hit. Not where
+    anybody else stands there: a class of the team's, what has patched FastAPI's or Starlette's, or FastAPI's own
+    telemetry, as long as it has somewhere to send to.
     """
     if type(app) is not FastAPI or app.root_path:
         return
     telemetry = getattr(app, "_native_telemetry", None)
     first, looked_at = False, float("-inf")
 
-    def is_first() -> bool:
+    async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
         nonlocal first, looked_at
         # To look takes as long as half of what this saves.
         if (now := time.monotonic()) - looked_at >= _LOOK_INTERVAL:
             traced = telemetry is not None and telemetry.enabled()
             first, looked_at = not traced and _is_as_written(FastAPI) and _is_as_written(Starlette), now
-        return first
-
-    async def call(self: Any, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and is_first() and await observer.answers(scope, send):
-            return
-        await FastAPI.__call__(self, scope, receive, send)
+        if first and scope["type"] == "http" and self.middleware_stack is not None:
+            scope["app"] = self
+            await self.middleware_stack(scope, receive, send)
+        else:
+            await FastAPI.__call__(self, scope, receive, send)
 
     # It looks like the one it was.
     members = {"__call__": call, "__module__": FastAPI.__module__, "__qualname__": FastAPI.__qualname__}

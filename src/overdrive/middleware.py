@@ -24,15 +24,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .cache.entry import Entry
 from .cache.exchange import Exchange, replayed, wishes_of
-from .context import Outcome, RequestContext, current, serving
+from .context import Outcome, RequestContext, current, serve, serve_no_more, serving
 from .errors import DeadlineExceededError, OverloadedError
+from .incoming import Incoming
 from .instrumentation.events import RequestEvent, listening, publish
-from .instrumentation.repeats import Repeats, Repetition
+from .instrumentation.repeats import Repetition
 from .log.logger import bind_event, let_event_go, log_event
 from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from .caching import Known
     from .installer import Installation
 
@@ -46,12 +49,14 @@ _TRACEPARENT = re.compile(
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
+_BEGINNINGS = frozenset(("http.response.start", "websocket.http.response.start"))
+
 _MILLISECONDS = re.compile(rb"[0-9]{1,9}")
 
 #: Where a scope tells a mounted app's Observer that it is being observed.
 _OBSERVED = "overdrive"
 
-#: Where a scope says that it was looked up by the Observer, and what the store has answered, if it was asked.
+#: Where a scope says what the store has answered the Observer, if it was asked.
 _FOUND = "overdrive.found"
 
 
@@ -72,18 +77,16 @@ class Observer:
             # A mounted app that was given add_pagination() of its own: what surrounds it has prepared its routes.
             await self.app(scope, receive, send)
             return
-        self._installation.install()
+        if not self._installation.is_installed:
+            self._installation.install()
         scope[_OBSERVED] = True
-        if _FOUND in scope or not await self.answers(scope, send):
-            await self._serve(self.app, scope, receive, send)
-
-    async def answers(self, scope: Scope, send: Send) -> bool:
-        """Answer from the cache, if it can, and say whether: nothing between here and the router should have a look."""
-        scope[_FOUND] = None
         # What tells tenants apart may fail, and then has the app's own answer.
         known = self._installation.known(scope, None) if self._is_innermost else None
-        if known is None:
-            return False
+        if known is None or not await self._answers(known, scope, send):
+            await self._serve(scope, receive, send)
+
+    async def _answers(self, known: Known, scope: Scope, send: Send) -> bool:
+        """Answer from the cache, if it can, and say whether: nothing between here and the router should have a look."""
         cache, started = self._installation.cache, time.perf_counter()
         entry = cache.held(known.policy, known.key)
         if entry is None:
@@ -146,29 +149,31 @@ class Observer:
 
         await self.app(scope, heard, told)
 
-    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         installation = self._installation
         context = _context_of(scope, installation)
         installation.begin(context)
-        # What lives long repeats itself.
-        if (limit := installation.log.repeated_statements) is not None and scope["type"] == "http":
-            context.repeats = Repeats(limit)
+        if scope["type"] == "http":
+            # What lives long repeats itself.
+            context.repeated_statements = installation.log.repeated_statements
         complete = gone = False
 
         async def observed(message: Message) -> None:
             nonlocal complete, gone
+            kind = message["type"]
+            if kind == "http.response.body":
+                context.bytes_sent += len(message.get("body", b""))
+                complete = not message.get("more_body", False)
             # A websocket may be denied with a response.
-            kind = message["type"].removeprefix("websocket.")
-            if kind == "http.response.start":
+            elif kind in _BEGINNINGS:
                 context.status = message["status"]
                 # A new message: an app may send the same one to everybody.
                 message = {**message, "headers": [*message.get("headers", ())]}
                 self._mark(message["headers"], context, started)
-            elif kind == "http.response.body":
-                context.bytes_sent += len(message.get("body", b""))
-                complete = not message.get("more_body", False)
             elif kind == "http.response.pathsend":
                 complete = True
+            elif kind == "websocket.http.response.body":
+                context.bytes_sent += len(message.get("body", b""))
             try:
                 await send(message)
             except OSError:
@@ -177,23 +182,25 @@ class Observer:
                 raise
 
         started = time.perf_counter()
-        with serving(context):
-            try:
-                await app(scope, receive, observed)
-                if context.status is not None and context.status >= 500:
-                    context.outcome = "error" if context.refused is None else "shed"
-                elif not complete and scope["type"] == "http":
-                    context.outcome = "disconnected"
-            except BaseException as error:
-                context.outcome = _outcome_of(error, gone=gone)
-                raise
-            finally:
-                context.duration = time.perf_counter() - started
-                if context.repeats is not None and (worst := context.repeats.worst()) is not None:
-                    _warn(context, worst)
-                if context.tails is not None:
-                    end_tails(context)
-                self._tell(context)
+        before = serve(context)
+        try:
+            await self.app(scope, receive, observed)
+            if context.status is not None and context.status >= 500:
+                context.outcome = "error" if context.refused is None else "shed"
+            elif not complete and scope["type"] == "http":
+                context.outcome = "disconnected"
+        except BaseException as error:
+            context.outcome = _outcome_of(error, gone=gone)
+            raise
+        finally:
+            context.duration = time.perf_counter() - started
+            if context.repeats is not None and (worst := context.repeats.worst()) is not None:
+                _warn(context, worst)
+            end_tails(context)
+            self._tell(context)
+        # Not what has raised: the server is about to log that, and its record belongs to this request too. Nothing is
+        # left behind, as a server runs each request in a context of its own.
+        serve_no_more(before)
 
     def _mark(self, headers: list[Any], context: RequestContext, started: float) -> None:
         installation = self._installation
@@ -284,30 +291,26 @@ if hasattr(os, "register_at_fork"):
 
 
 def _new_id() -> str:
-    return _ids.randbytes(8).hex()
+    return f"{_ids.getrandbits(64):016x}"
 
 
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
-    trace = request_id = None
-    trusted = installation.request_id_header if installation.log.trust_request_id else None
-    budget, budget_header = installation.deadline, installation.deadline_header
+    context = RequestContext(_new_id(), scope.get("method", "WEBSOCKET"), scope["path"])
+    context.runtime, context.cursor_keys = installation.runtime, installation.cursor_keys
+    if scope["query_string"]:
+        context.query = scope["query_string"].decode("latin-1")
+    budget, heeded = installation.deadline, installation.heeded
     for name, value in scope["headers"]:
+        if name not in heeded:
+            continue
         if name == b"traceparent":
-            trace = _TRACEPARENT.fullmatch(value)
-        elif name == trusted and _REQUEST_ID.fullmatch(value):
-            request_id = value.decode()
-        elif name == budget_header and _MILLISECONDS.fullmatch(value):
+            if (trace := _TRACEPARENT.fullmatch(value)) is not None:
+                context.trace_id, context.span_id = trace[1].decode(), trace[2].decode()
+        elif name == installation.request_id_header:
+            if _REQUEST_ID.fullmatch(value):
+                context.request_id = value.decode()
+        elif _MILLISECONDS.fullmatch(value):
             budget = min(int(value) / 1000, math.inf if budget is None else budget)
-    context = RequestContext(
-        request_id=request_id or _new_id(),
-        method=scope.get("method", "WEBSOCKET"),
-        path=scope["path"],
-        query=scope["query_string"].decode("latin-1"),
-        cursor_keys=installation.cursor_keys,
-        runtime=installation.runtime,
-        trace_id=trace[1].decode() if trace else None,
-        span_id=trace[2].decode() if trace else None,
-    )
     if budget is not None and scope["type"] == "http":
         context.deadline = time.monotonic() + budget
     return context
@@ -322,34 +325,32 @@ class RequestPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one scope."""
-        context = current()
-        if context is None or context.runtime is not self._installation.runtime:
+        context, installation = current(), self._installation
+        if context is None or context.runtime is not installation.runtime:
             await self.app(scope, receive, send)
             return
-        # A mount changes the scope's root path. A middleware outside may have copied the scope, so the route is
-        # looked for here.
-        path = _path_of(scope)
-        if scope["type"] == "http" and scope["method"] == "HEAD" and self._installation.has_head_of_get(path):
+        if scope["type"] != "http":
+            context.scope, context.asked, context.find_route = scope, dict(scope), installation.route_of
+            await self.app(scope, receive, send)
+            return
+        if scope["method"] == "HEAD" and installation.has_head_of_get(scope):
             # A copy, as the server looks at its own for the method.
             scope, send = {**scope, "method": "GET", "extensions": {}}, _without_body(send)
-        # As it came: the router notes in the other where it leads to.
-        asked = dict(scope)
-        context.find_route = functools.partial(self._installation.route_of, scope, path)
         try:
-            if scope["type"] == "http":
-                await self._serve(context, scope, asked, receive, send)
-            else:
-                await self.app(scope, receive, send)
+            await self._serve(context, scope, receive, send)
         finally:
-            context.route = context.served_by
             if context.exchange is not None and context.exchange.is_stale:
-                self._refresh(context.exchange, asked)
+                self._refresh(context.exchange, context.asked)
 
-    async def _serve(self, context: RequestContext, scope: Scope, asked: Scope, receive: Receive, send: Send) -> None:
-        context.tenant = self._installation.tenant_of(scope)
-        if (known := self._installation.known(scope, context.tenant)) is not None:
+    async def _serve(self, context: RequestContext, scope: Scope, receive: Receive, send: Send) -> None:
+        installation = self._installation
+        # A middleware outside may have copied the scope: in this one the router notes where it leads to.
+        context.scope, context.asked, context.find_route = scope, dict(scope), installation.route_of
+        if installation.tenant is not None:
+            context.tenant = installation.tenant(Request(scope))
+        if (known := installation.known(scope, context.tenant)) is not None:
             wishes = wishes_of(scope["headers"])
-            exchange = Exchange(self._installation.cache, known.policy, known.key, context, wishes)
+            exchange = Exchange(installation.cache, known.policy, known.key, context, wishes)
             await exchange.look_up(scope.get(_FOUND))
             context.exchange = exchange
             if exchange.entry is not None:
@@ -357,16 +358,14 @@ class RequestPath:
                 _tell_route(scope, known)
                 await exchange.answer(send)
                 return
-        visit = self._installation.visit(context, scope, receive)
-        if visit is not None:
-            receive = visit.receive
-            if (refused := self._installation.refused(visit, _path_of(scope))) is not None:
-                await self._refuse(refused, context.exchange, scope, receive, send)
-                return
+        if installation.admission.refuses and (refused := installation.refused(context)) is not None:
+            await self._refuse(refused, context.exchange, scope, receive, send)
+            return
+        context.incoming = incoming = Incoming(receive)
         guard = SendGuard(context, _recorded(context, send))
         failure: Exception | None = None
         try:
-            await self._installation.attempts.run(self.app, context, scope, asked, receive, guard)
+            await installation.attempts.run(self.app, context, guard)
         except CommitFailed as failed:
             failure = failed.error
         except DeadlineExceededError as error:
@@ -380,14 +379,14 @@ class RequestPath:
                 raise
         finally:
             await guard.abandon()
-            if visit is not None:
-                self._installation.over(visit)
+            incoming.close()
+            installation.admission.over(context)
             if context.exchange is not None:
                 context.exchange.leave()
         if failure is None:
             return
         if context.exchange is None or not await context.exchange.stand_in(500, failure, send):
-            await _answer(failure, scope, receive, send)
+            await _answer(failure, scope, incoming, send)
 
     async def _refuse(
         self, error: OverloadedError, exchange: Exchange | None, scope: Scope, receive: Receive, send: Send
@@ -424,13 +423,8 @@ class RequestPath:
                 context.status = message["status"]
 
         with serving(context):
-            await self._serve(context, scope, dict(scope), _client_with(body), told)
+            await self._serve(context, scope, _client_with(body), told)
         return context.status
-
-
-def _path_of(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _client_with(body: bytes) -> Receive:
@@ -457,11 +451,8 @@ def _without_body(send: Send) -> Send:
 def _recorded(context: RequestContext, send: Send) -> Send:
     """Let the cache see, mark and keep what is sent, on the routes that are cached."""
 
-    async def recorded(message: Message) -> None:
-        if context.exchange is None:
-            await send(message)
-        else:
-            await context.exchange.send(message, send)
+    def recorded(message: Message) -> Awaitable[None]:
+        return send(message) if context.exchange is None else context.exchange.send(message, send)
 
     return recorded
 

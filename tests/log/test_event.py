@@ -73,7 +73,10 @@ def record(message: Any = "hello", *args: Any, **extra: Any) -> logging.LogRecor
 
 
 def context(**given: Any) -> RequestContext:
-    return RequestContext(request_id="r1", method="GET", path="/", **given)
+    made = RequestContext(request_id="r1", method="GET", path="/")
+    for name, value in given.items():
+        setattr(made, name, value)
+    return made
 
 
 def parsed(line: bytes) -> dict[str, Any]:

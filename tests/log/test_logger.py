@@ -112,7 +112,8 @@ def test_an_event_is_what_encode_returns(context: RequestContext | None, status:
 
 @pytest.mark.parametrize(("fields", "plain"), [({}, True), ({"user": 7}, True), ({"status": 7}, False)])
 def test_an_event_of_texts_and_numbers_needs_no_closer_look(fields: dict[str, Any], plain: bool) -> None:
-    context = RequestContext(request_id="r1", method="GET", path='/a"b', trace_id="t1")
+    context = RequestContext(request_id="r1", method="GET", path='/a"b')
+    context.trace_id = "t1"
     context.fields.update(fields)
     assert (encode_event(0, "app", context) is not None) is plain
 

@@ -122,7 +122,9 @@ def test_lines_in_an_active_span_carry_its_ids(monkeypatch: pytest.MonkeyPatch) 
     logger = DirectLogger("app", logging.INFO)
     logger.addHandler(handler)
     span = NonRecordingSpan(SpanContext(trace_id=0xABC, span_id=0xD, is_remote=False))
-    with serving(RequestContext(request_id="r1", method="GET", path="/", trace_id="t", span_id="s")):
+    context = RequestContext(request_id="r1", method="GET", path="/")
+    context.trace_id, context.span_id = "t", "s"
+    with serving(context):
         logger.info("before")
         with use_span(span):
             logger.info("inside")

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from overdrive.context import RequestContext
 from overdrive.errors import OverloadedError
@@ -15,8 +13,6 @@ from overdrive.waking import wake
 
 from .limit import Limit, Priority, Queue, Refusal, Waiter
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Leave = Callable[[], None]
 
 #: The attribute by which an endpoint is marked with its priority.
@@ -30,38 +26,27 @@ _SOONEST, _LATEST = 1, 4
 
 
 class Visit:
-    """A request, as the gates see it; between its client and the app, to learn whether somebody waits for the answer.
+    """A request, as the gates see it."""
 
-    scope: where the router leaves the endpoint.
-    """
+    __slots__ = ("_is_over", "context", "gate", "holds", "is_admitted", "measured", "since")
 
-    __slots__ = (
-        "_is_over",
-        "_messages",
-        "_receive",
-        "_task",
-        "context",
-        "gate",
-        "holds",
-        "is_admitted",
-        "measured",
-        "scope",
-        "since",
-    )
-
-    def __init__(self, context: RequestContext, scope: MutableMapping[str, Any], receive: Receive) -> None:
+    def __init__(self, context: RequestContext) -> None:
         self.context = context
-        self.scope = scope
         #: The first gate it came to, which counts it for as long as it holds connections.
         self.gate: Gate | None = None
         self.is_admitted = False
         self.holds = 0
         #: Since when it does, and how long its statements had taken until then.
         self.since = self.measured = 0.0
-        self._receive = receive
-        self._messages: list[Message] = []
-        self._task: asyncio.Future[Message] | None = None
         self._is_over = False
+
+    @classmethod
+    def of(cls, context: RequestContext) -> Visit | None:
+        """Return a request that asks for a database; None for what cannot be refused: a websocket, or what is over."""
+        if context.visit is None and context.incoming is not None:
+            context.visit = cls(context)
+        visit: Visit | None = context.visit
+        return visit
 
     @property
     def is_answered(self) -> bool:
@@ -69,10 +54,15 @@ class Visit:
         return self._is_over or self.context.status is not None
 
     @property
+    def endpoint(self) -> object:
+        """Return what the router has led it to."""
+        return self.context.scope.get("endpoint")
+
+    @property
     def priority(self) -> Priority:
         """Return what its endpoint was marked with."""
         context = self.context
-        marked = _priority_of(self.scope.get("endpoint"))
+        marked = _priority_of(self.endpoint)
         # Somebody has an answer already, or there is one to be had.
         spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
         return "low" if spared and marked == "normal" else marked
@@ -90,36 +80,16 @@ class Visit:
         if self.holds:
             self.holds = 1
             self.let_go()
-        if self._task is not None:
-            self._task.cancel()
-
-    async def receive(self) -> Message:
-        """Return the client's next message."""
-        if self._messages:
-            return self._messages.pop(0)
-        if self._task is None:
-            return await self._receive()
-        task, self._task = self._task, None
-        return await task
 
     def listen(self, waiting: _Waiting) -> None:
-        """Tell `waiting` when the client hangs up. What it says instead is kept for the app."""
-        if self._task is None:
-            self._task = asyncio.ensure_future(self._receive())
-        self._task.add_done_callback(partial(self._heard, waiting))
+        """Tell `waiting` when the client hangs up."""
 
-    def _heard(self, waiting: _Waiting, task: asyncio.Future[Message]) -> None:
-        if task.cancelled() or task.exception() is not None or waiting.answer is not None:
-            return
-        message = task.result()
-        if message["type"] == "http.disconnect":
-            waiting.hung_up = True
-            waiting.wake()
-        # The rest of a long body is left where it is; and behind a body there is nothing to come but the end.
-        elif not message.get("more_body", False) and not self._messages:
-            self._messages.append(message)
-            self._task = None
-            self.listen(waiting)
+        def hang_up() -> None:
+            if waiting.answer is None:
+                waiting.hung_up = True
+                waiting.wake()
+
+        self.context.incoming.watch(hang_up)
 
 
 class _Waiting(Waiter):
@@ -163,9 +133,10 @@ class Gate:
         self.queue = Queue(Limit(*self._bounds), self._max_wait)
         self._timer: asyncio.TimerHandle | None = None
 
-    def enter(self, visit: Visit) -> Leave | None:
+    def enter(self, context: RequestContext) -> Leave | None:
         """Admit a request at once, and return what says that its connection is back; None where it must `wait`."""
-        if visit.is_answered or visit.gate not in (None, self):
+        visit = Visit.of(context)
+        if visit is None or visit.is_answered or visit.gate not in (None, self):
             return _nothing
         visit.gate = self
         if visit.holds:
@@ -177,11 +148,12 @@ class Gate:
             return None
         return self._admitted(visit, now)
 
-    async def wait(self, visit: Visit) -> Leave:
+    async def wait(self, context: RequestContext) -> Leave:
         """Have a request wait until it is admitted.
 
         Raises `OverloadedError` where that would take too long, has taken too long, or is of no use any more.
         """
+        visit: Visit = context.visit
         asked = time.monotonic()
         waiting = _Waiting(visit.priority, asked)
         refusal = self.queue.wait(waiting, asked)
@@ -194,13 +166,13 @@ class Gate:
                 self.queue.leave(waiting, time.monotonic())
                 raise
             finally:
-                visit.context.admission_wait += time.monotonic() - asked
+                context.admission_wait += time.monotonic() - asked
             if waiting.hung_up:
                 refusal = self.queue.leave(waiting, time.monotonic())
             elif isinstance(waiting.answer, Refusal):
                 refusal = waiting.answer
         if refusal is not None:
-            raise self._refused(visit.context, refusal)
+            raise self._refused(context, refusal)
         if visit.holds:
             # Another task of the same request was admitted meanwhile.
             self.queue.forgo(time.monotonic())
@@ -208,16 +180,16 @@ class Gate:
         # Its turn began when it was given, and not when this task has heard of it.
         return self._admitted(visit, waiting.admitted)
 
-    def refuse(self, visit: Visit, priority: Priority) -> OverloadedError | None:
+    def refuse(self, context: RequestContext, priority: Priority) -> OverloadedError | None:
         """Refuse a request that is not begun, if it would be refused."""
         refusal = self.queue.refuse(priority, time.monotonic())
-        return None if refusal is None else self._refused(visit.context, refusal)
+        return None if refusal is None else self._refused(context, refusal)
 
     def done(self, visit: Visit) -> None:
         """Note that a request has given back what it held."""
         now, queue = time.monotonic(), self.queue
         if taken := visit.context.database_time - visit.measured:
-            queue.limit.learn(id(visit.scope.get("endpoint")), taken, queue.at_work, now)
+            queue.limit.learn(id(visit.endpoint), taken, queue.at_work, now)
         queue.done(now - visit.since, now)
 
     def statistics(self) -> dict[str, int]:
@@ -276,14 +248,18 @@ class Admission:
         self._gates.setdefault(engine, []).append(gate)
         return gate
 
-    def learn(self, visit: Visit) -> None:
-        """Note whether a request that was run has needed a database."""
-        key = id(visit.scope.get("endpoint"))
-        known, gate = self._needs.get(key), visit.gate
-        if gate is not None:
-            share = 0.0 if known is None else known[1]
-            self._needs[key] = gate, share + (1 - share) * _LEARNING
-        elif known is not None:
+    def over(self, context: RequestContext) -> None:
+        """Note that a request was run to its end, and whether it has needed a database."""
+        visit, context.visit, context.incoming = context.visit, None, None
+        key = id(context.scope.get("endpoint"))
+        known = self._needs.get(key)
+        if visit is not None:
+            visit.end()
+            if visit.gate is not None:
+                share = 0.0 if known is None else known[1]
+                self._needs[key] = visit.gate, share + (1 - share) * _LEARNING
+                return
+        if known is not None:
             self._needs[key] = known[0], known[1] * (1 - _LEARNING)
 
     @property
@@ -295,12 +271,12 @@ class Admission:
                     return True
         return False
 
-    def refuse(self, visit: Visit, endpoint: object) -> OverloadedError | None:
+    def refuse(self, context: RequestContext, endpoint: object) -> OverloadedError | None:
         """Refuse a request that is not begun, where its endpoint always needs a database that cannot take it."""
         gate, share = self._needs.get(id(endpoint), (None, 0.0))
         if gate is None or share < _NEEDED:
             return None
-        return gate.refuse(visit, _priority_of(endpoint))
+        return gate.refuse(context, _priority_of(endpoint))
 
     def reset(self) -> None:
         """Begin anew, on another event loop."""

@@ -91,7 +91,7 @@ class Invalidator:
     async def before(self, writes: frozenset[str], sql: str) -> Write:
         """Mark what the commit will write; sql: the first statement that did, without values."""
         request = current()
-        who = OUTSIDE if request is None else of_request(request.method, request.served_by)
+        who = OUTSIDE if request is None else of_request(request.method, request.route)
         mark = Mark(secrets.token_hex(8), writes, f"{who} ({sql})")
         try:
             await self.store.mark(mark)

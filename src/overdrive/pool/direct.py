@@ -99,8 +99,8 @@ async def send(engine: Engine, statement: Direct, parameters: Mapping[str, Any])
     given = {name: parameters.get(name, bind.effective_value) for name, bind, _ in statement.parameters}
     values = [given[name] if process is None else process(given[name]) for name, _, process in statement.parameters]
     leave = None
-    if (admission := observation.admission) is not None and (context := current()) is not None and context.visit:
-        leave = admission.enter(context.visit) or await admission.wait(context.visit)
+    if (admission := observation.admission) is not None and (context := current()) is not None:
+        leave = admission.enter(context) or await admission.wait(context)
     try:
         rows = await _send(engine, observation, statement, given, values)
     finally:

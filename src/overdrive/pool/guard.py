@@ -41,25 +41,31 @@ class SendGuard:
         self.limits: CancelScope | None = None
         self.has_begun = False
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Pass `message` on once the request's sessions have ended."""
-        if self._failed:
-            return
         if message["type"] == "http.response.start":
             self.has_begun = True
             if self.limits is not None:
                 self.limits.deadline = math.inf
-        if message["type"] == "http.response.start" and self._context.work:
-            try:
-                for unit in self._context.work:
-                    if not unit.settle(message["status"]):
-                        await to_the_end(unit.end(message["status"]))
-            except Exception as error:
-                self._failed = True
-                raise CommitFailed(error) from error
+            if self._context.work:
+                return self._settle(message)
+        return _nothing() if self._failed else self._send(message)
+
+    async def _settle(self, message: Message) -> None:
+        try:
+            for unit in self._context.work:
+                if not unit.settle(message["status"]):
+                    await to_the_end(unit.end(message["status"]))
+        except Exception as error:
+            self._failed = True
+            raise CommitFailed(error) from error
         await self._send(message)
 
     async def abandon(self) -> None:
         """Roll back whatever has not ended."""
         for unit in self._context.work:
             await to_the_end(unit.abandon())
+
+
+async def _nothing() -> None:
+    """Send nothing of a response that was given up."""

@@ -21,9 +21,10 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
 from sqlalchemy.util import await_only
 
-from overdrive.context import OF_ROWS, Reads, collectors, current
+from overdrive.context import OF_ROWS, Reads, RequestContext, collectors, current
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
+from overdrive.instrumentation.repeats import Repeats
 
 from .holders import team_lines
 from .pool import FairPool
@@ -64,10 +65,10 @@ class CommitObserver(Protocol):
 class Admission(Protocol):
     """Decides when a request may have a connection."""
 
-    def enter(self, visit: Any) -> Callable[[], None] | None:
+    def enter(self, context: RequestContext) -> Callable[[], None] | None:
         """Admit a request, and return what says that its connection is back; None where it must `wait`."""
 
-    async def wait(self, visit: Any) -> Callable[[], None]:
+    async def wait(self, context: RequestContext) -> Callable[[], None]:
         """Have a request wait until it is admitted; may raise to refuse it."""
 
 
@@ -217,8 +218,10 @@ class Observation:
             context.database_time += duration
             context.rows += max(rows, 0)
             # Looking for the place is dear, and done once.
-            if context.repeats is not None and context.repeats.add(sql) and (place := next(team_lines(), None)):
-                context.repeats.came_from(sql, place)
+            if (limit := context.repeated_statements) is not None:
+                repeats = context.repeats = context.repeats or Repeats(limit)
+                if repeats.add(sql) and (place := next(team_lines(), None)):
+                    repeats.came_from(sql, place)
         if facts is None:
             return
         if facts.rows_read and rows < 1:
@@ -384,8 +387,8 @@ class Observation:
                 return raw_connection()
             leave = None
             # Plain functions were admitted when they were given their session: here they are in a thread.
-            if self.admission is not None and context.visit is not None and self.engine.dialect.is_async:
-                leave = self.admission.enter(context.visit) or await_only(self.admission.wait(context.visit))
+            if self.admission is not None and self.engine.dialect.is_async:
+                leave = self.admission.enter(context) or await_only(self.admission.wait(context))
             asked = time.perf_counter()
             try:
                 pooled = raw_connection()
