@@ -446,9 +446,9 @@ def test_on_a_socket_every_line_carries_the_id_of_its_response(sqlite_url: str, 
 
 def test_ids_differ_whoever_seeds_or_forks() -> None:
     script = (
-        "import os, random, sys; from overdrive.middleware import _new_id\n"
-        "for _ in range(2):\n    random.seed(1); print(_new_id())\n"
-        "child = os.fork(); print(_new_id()); sys.stdout.flush()\n"
+        "import os, random, sys; from overdrive.middleware import _ids\n"
+        "for _ in range(2):\n    random.seed(1); print(_ids.getrandbits(64))\n"
+        "child = os.fork(); print(_ids.getrandbits(64)); sys.stdout.flush()\n"
         "child and os.waitpid(child, 0)"
     )
     runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, check=True) for _ in range(2)]

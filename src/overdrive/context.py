@@ -142,13 +142,10 @@ _collectors: ContextVar[tuple[Reads, ...]] = ContextVar("overdrive_collectors", 
 _unbound_fields: ContextVar[dict[str, Any]] = ContextVar("overdrive_fields", default={})  # noqa: B039
 
 
+#: Returns the request being served here, if one is.
+current = _request.get
 #: What `serving` does, without what that costs each request.
 serve, serve_no_more = _request.set, _request.reset
-
-
-def current() -> RequestContext | None:
-    """Return the request being served here, if one is."""
-    return _request.get()
 
 
 @contextmanager
@@ -174,7 +171,7 @@ def collecting() -> Iterator[Reads]:
 
 def collectors() -> tuple[Reads, ...]:
     """Return the open collectors, outermost first: in a request that is its own."""
-    context, opened = _request.get(), _collectors.get()
+    context, opened = current(), _collectors.get()
     # Those of whoever sends a request from within another are not the inner one's.
     if context is not None and (not opened or opened[0] is not context.reads):
         return (context.reads,)
@@ -183,7 +180,7 @@ def collectors() -> tuple[Reads, ...]:
 
 def bind(**fields: Any) -> None:
     """Add fields to every log record, and to the event, of this request; outside a request, of this task."""
-    if (context := _request.get()) is not None:
+    if (context := current()) is not None:
         context.fields.update(fields)
         context.log_end = None
     else:
@@ -192,5 +189,5 @@ def bind(**fields: Any) -> None:
 
 def bound() -> dict[str, Any]:
     """Return the fields `bind` has added here."""
-    context = _request.get()
+    context = current()
     return context.fields if context is not None else _unbound_fields.get()

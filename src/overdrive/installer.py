@@ -104,7 +104,7 @@ class Installation:
         #: By the id of an endpoint: it need not be hashable.
         self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
         #: The ids of the dependants of cached routes; and all routes in their order.
-        self._cached: set[int] = set()
+        self.cached: set[int] = set()
         self._served: list[Served] = []
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
@@ -202,7 +202,7 @@ class Installation:
 
         Such a request was seen before, and its response is nobody's own.
         """
-        if self.runtime is None or not self._cached or scope["type"] != "http" or scope["method"] != "GET":
+        if self.runtime is None or scope["type"] != "http" or scope["method"] != "GET":
             return None
         if tenant is None and self.tenant is not None:
             return None
@@ -212,7 +212,7 @@ class Installation:
 
     def has_head_of_get(self, scope: Any) -> bool:
         """Say whether a HEAD is answered as its GET: if the route of that is cached, and none declares the HEAD."""
-        if not self._cached:
+        if not self.cached:
             return False
         path = _path_of(scope)
         served = [route for route in self._served if route.addresses.fullmatch(path)]
@@ -283,7 +283,7 @@ class Installation:
                 site.template,
                 compile_path(site.template)[0],
                 frozenset(site.route.methods or ()),
-                id(site.route.dependant) in self._cached,
+                id(site.route.dependant) in self.cached,
                 site.route.endpoint,
             )
             for site in every
@@ -336,7 +336,7 @@ class Installation:
                 plan = cache_route(site, mark, mark.ttl or cache.ttl, database, self._shortcuts, settings, trust)
                 self.plans[id(site.route.dependant)] = plan
                 if not isinstance(plan, str):
-                    self._cached.add(id(site.route.dependant))
+                    self.cached.add(id(site.route.dependant))
                     cache.ledger.routes[site.name] = trust
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)

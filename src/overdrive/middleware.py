@@ -34,8 +34,6 @@ from .log.tail import end_tails
 from .pool.guard import CommitFailed, SendGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
     from .caching import Known
     from .installer import Installation
 
@@ -81,7 +79,7 @@ class Observer:
             self._installation.install()
         scope[_OBSERVED] = True
         # What tells tenants apart may fail, and then has the app's own answer.
-        known = self._installation.known(scope, None) if self._is_innermost else None
+        known = self._installation.known(scope, None) if self._is_innermost and self._installation.cached else None
         if known is None or not await self._answers(known, scope, send):
             await self._serve(scope, receive, send)
 
@@ -111,7 +109,7 @@ class Observer:
             context.route, context.cache_status, context.status = policy.route, "hit", start["status"]
             await self._replay(start, body, context, started, send)
             return
-        start["headers"].append((installation.request_id_header, _new_id().encode()))
+        start["headers"].append((installation.request_id_header, b"%016x" % _ids.getrandbits(64)))
         await send(start)
         await send(body)
 
@@ -290,12 +288,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_ids.seed)
 
 
-def _new_id() -> str:
-    return f"{_ids.getrandbits(64):016x}"
-
-
 def _context_of(scope: Scope, installation: Installation) -> RequestContext:
-    context = RequestContext(_new_id(), scope.get("method", "WEBSOCKET"), scope["path"])
+    context = RequestContext(f"{_ids.getrandbits(64):016x}", scope.get("method", "WEBSOCKET"), scope["path"])
     context.runtime, context.cursor_keys = installation.runtime, installation.cursor_keys
     if scope["query_string"]:
         context.query = scope["query_string"].decode("latin-1")
@@ -348,7 +342,7 @@ class RequestPath:
         context.scope, context.asked, context.find_route = scope, dict(scope), installation.route_of
         if installation.tenant is not None:
             context.tenant = installation.tenant(Request(scope))
-        if (known := installation.known(scope, context.tenant)) is not None:
+        if installation.cached and (known := installation.known(scope, context.tenant)) is not None:
             wishes = wishes_of(scope["headers"])
             exchange = Exchange(installation.cache, known.policy, known.key, context, wishes)
             await exchange.look_up(scope.get(_FOUND))
@@ -362,7 +356,7 @@ class RequestPath:
             await self._refuse(refused, context.exchange, scope, receive, send)
             return
         context.incoming = incoming = Incoming(receive)
-        guard = SendGuard(context, _recorded(context, send))
+        guard = SendGuard(context, send)
         failure: Exception | None = None
         try:
             await installation.attempts.run(self.app, context, guard)
@@ -378,7 +372,8 @@ class RequestPath:
             if not await context.exchange.stand_in(500, error, send):
                 raise
         finally:
-            await guard.abandon()
+            if context.work:
+                await guard.abandon()
             incoming.close()
             installation.admission.over(context)
             if context.exchange is not None:
@@ -446,15 +441,6 @@ def _without_body(send: Send) -> Send:
         await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
     return headers_only
-
-
-def _recorded(context: RequestContext, send: Send) -> Send:
-    """Let the cache see, mark and keep what is sent, on the routes that are cached."""
-
-    def recorded(message: Message) -> Awaitable[None]:
-        return send(message) if context.exchange is None else context.exchange.send(message, send)
-
-    return recorded
 
 
 async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:

@@ -28,7 +28,7 @@ class CommitFailed(BaseException):
 
 
 class SendGuard:
-    """Commits or rolls back at `http.response.start`, then lets the message pass.
+    """Commits or rolls back at `http.response.start`, then lets the message pass, through the cache if that is asked.
 
     When the commit fails, nothing of the response leaves: `CommitFailed` is raised into whoever sends it.
     """
@@ -49,7 +49,7 @@ class SendGuard:
                 self.limits.deadline = math.inf
             if self._context.work:
                 return self._settle(message)
-        return _nothing() if self._failed else self._send(message)
+        return _nothing() if self._failed else self._pass(message)
 
     async def _settle(self, message: Message) -> None:
         try:
@@ -59,7 +59,12 @@ class SendGuard:
         except Exception as error:
             self._failed = True
             raise CommitFailed(error) from error
-        await self._send(message)
+        await self._pass(message)
+
+    def _pass(self, message: Message) -> Awaitable[None]:
+        exchange = self._context.exchange
+        passed: Awaitable[None] = self._send(message) if exchange is None else exchange.send(message, self._send)
+        return passed
 
     async def abandon(self) -> None:
         """Roll back whatever has not ended."""
