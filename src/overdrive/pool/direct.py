@@ -123,6 +123,8 @@ async def _send(
     if pooled is None:
         pooled = await greenlet_spawn(_take, engine)
     try:
+        if observation.lacks(statement.facts):
+            await greenlet_spawn(observation.ask, pooled, statement.facts)
         observation.started(pooled.info, statement.facts, statement.sql, (given,), autocommit=False)
         return await _fetch(pooled, engine, observation, statement, values)
     finally:

@@ -1,0 +1,401 @@
+"""What only looks like a table: views, partitions, temporary tables, tables with row-level security."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from cache.service import Service, serve
+from sqlalchemy import Column, Integer, MetaData, NullPool, String, Table, event, insert, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
+from support import Item, Other
+
+from overdrive import Page, SessionDep, SyncSessionDep, cached, paginate
+from overdrive.pool import catalogue, observe
+
+pytestmark = pytest.mark.anyio
+
+MISS_AND_HIT = ["miss", "hit"]
+UNKNOWN = "overdrive; fwd=uri-miss; detail=unknown-reads"
+
+DAYS = """
+CREATE TABLE days (id int, day int, name text, PRIMARY KEY (id, day)) PARTITION BY RANGE (day);
+CREATE TABLE days_1 PARTITION OF days FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (day);
+CREATE TABLE days_11 PARTITION OF days_1 FOR VALUES FROM (0) TO (50);
+CREATE TABLE days_2 PARTITION OF days FOR VALUES FROM (100) TO (200);
+INSERT INTO days VALUES (1, 10, 'a'), (2, 110, 'b');
+"""
+
+
+def named(name: str, schema: str | None = None, **options: Any) -> Table:
+    return Table(
+        name, MetaData(), Column("id", Integer, primary_key=True), Column("name", String), schema=schema, **options
+    )
+
+
+def days(name: str) -> Table:
+    return Table(
+        name, MetaData(), *(Column(key, Integer, primary_key=True) for key in ("id", "day")), Column("name", String)
+    )
+
+
+def run(service: Service, sql: str) -> None:
+    """Do what another program does."""
+    with service.database.begin() as connection:
+        connection.exec_driver_sql(sql)
+
+
+def lists(service: Service, path: str, table: Table, **options: Any) -> None:
+    @service.app.get(path)
+    @cached(**options)
+    async def listed(db: SessionDep) -> list[str]:
+        return list(await db.scalars(select(table.c.name).order_by(table.c.id)))
+
+
+def works(statement: Any) -> Any:
+    async def work(db: AsyncSession) -> None:
+        await db.execute(statement)
+
+    return work
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+async def service(request: pytest.FixtureRequest, postgres_database: str) -> AsyncIterator[Service]:
+    async with serve(postgres_database.replace("asyncpg", request.param)) as running:
+        yield running
+
+
+@pytest.fixture
+async def on_asyncpg(postgres_database: str) -> AsyncIterator[Service]:
+    async with serve(postgres_database) as running:
+        yield running
+
+
+@pytest.fixture
+async def on_sqlite(sqlite_url: str) -> AsyncIterator[Service]:
+    async with serve(sqlite_url) as running:
+        yield running
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the database was asked for, each time."""
+    times: list[Any] = []
+
+    def counted(connection: Any, dialect: str, wanted: Any) -> Any:
+        times.append(wanted)
+        return catalogue.relations_of(connection, dialect, wanted)
+
+    monkeypatch.setattr(observe, "relations_of", counted)
+    return times
+
+
+# Views
+
+
+async def test_a_view_is_dropped_with_what_it_reads(service: Service) -> None:
+    run(
+        service,
+        "CREATE VIEW plain AS SELECT i.id, upper(i.name) || count(o.id)::text AS name FROM items i, others o GROUP BY i.id;"
+        "CREATE VIEW above AS SELECT id, name FROM plain WHERE id IN (SELECT id FROM items)",
+    )
+    lists(service, "/plain", named("plain"))
+    lists(service, "/above", named("above", "public"))
+    for work, name in ((insert(Other).values(name="x"), "FIRST2"), (update(Item).values(name="y"), "Y2")):
+        assert await service.marks("/plain", "/plain", "/above", "/above") == 2 * MISS_AND_HIT
+        await service.write(works(work))
+        assert [(await service.get(path)).json() for path in ("/plain", "/above")] == [[name], [name]]
+        await service.write(works(insert(Item).values(id=0, name="z")) if name == "FIRST2" else works(text("SELECT 1")))
+        await service.write(works(Item.__table__.delete().where(Item.id == 0)))
+
+
+DOUBTS = {
+    "CREATE VIEW seen AS SELECT id, name FROM items WHERE now() > '2000-01-01'": "it calls now()",
+    "CREATE VIEW seen AS SELECT id, random()::text AS name FROM items": "it calls random()",
+    "CREATE VIEW seen AS SELECT id, name FROM items WHERE current_user <> ''": "SQLVALUEFUNCTION",
+    "CREATE VIEW seen AS SELECT id, name FROM items WHERE 'now'::text::timestamp > '2000-01-01'": "cast",
+    "CREATE FUNCTION own(int) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT name FROM others LIMIT 1';"
+    "CREATE VIEW seen AS SELECT id, own(id) AS name FROM items": "it calls own()",
+    "CREATE VIEW seen AS SELECT id, name FROM items TABLESAMPLE SYSTEM (100)": "TABLESAMPLECLAUSE",
+    "CREATE VIEW seen AS SELECT oid::int AS id, relname AS name FROM pg_class": "not a table of this database's own",
+    "CREATE MATERIALIZED VIEW seen AS SELECT id, name FROM items": "a materialized view",
+    "CREATE MATERIALIZED VIEW kept AS SELECT * FROM items; CREATE VIEW seen AS SELECT id, name FROM kept": "a view of kept",
+    "CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;"
+    "CREATE FOREIGN TABLE seen (id int, name text) SERVER s; ALTER TABLE seen RENAME TO far;"
+    "CREATE VIEW seen AS SELECT id, name FROM items UNION SELECT * FROM far WHERE false": "a foreign table",
+    "CREATE TABLE seen (id int, name text); ALTER TABLE seen ENABLE ROW LEVEL SECURITY": "row-level security",
+    "CREATE TABLE own (id int, name text); ALTER TABLE own ENABLE ROW LEVEL SECURITY;"
+    "CREATE VIEW seen AS SELECT * FROM own": "a view of own, which has row-level security",
+}
+
+
+@pytest.mark.parametrize(("sql", "why"), DOUBTS.items(), ids=list(DOUBTS.values()))
+async def test_what_cannot_be_known_is_not_kept_and_the_log_says_why(
+    on_asyncpg: Service, caplog: pytest.LogCaptureFixture, sql: str, why: str
+) -> None:
+    run(on_asyncpg, sql)
+    lists(on_asyncpg, "/seen", named("seen"))
+    lists(on_asyncpg, "/declared", named("seen"), depends=["items"])
+    with caplog.at_level(logging.WARNING, "overdrive"):
+        for _ in range(2):
+            assert (await on_asyncpg.get("/seen")).headers["cache-status"] == UNKNOWN
+    (message,) = caplog.messages
+    assert "seen" in message
+    assert why in message
+    assert await on_asyncpg.marks("/declared", "/declared") == MISS_AND_HIT
+
+
+@pytest.mark.parametrize(
+    "what", ["VIEW seen AS SELECT id, name FROM items", "VIRTUAL TABLE seen USING fts5 (id, name)"]
+)
+async def test_sqlite_does_not_say_what_a_view_reads(
+    on_sqlite: Service, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    run(on_sqlite, f"CREATE {what}")
+    lists(on_sqlite, "/seen", named("SEEN"))
+    assert (await on_sqlite.get("/seen")).headers["cache-status"] == UNKNOWN
+    assert "SEEN is a v" in caplog.text
+
+
+async def test_a_write_to_a_view_is_one_to_everything(on_asyncpg: Service) -> None:
+    run(on_asyncpg, "CREATE VIEW seen AS SELECT id, name FROM items")
+    assert await on_asyncpg.marks("/names", "/names") == MISS_AND_HIT
+    await on_asyncpg.write(works(insert(named("seen")).values(id=7, name="seventh")))
+    assert (await on_asyncpg.get()).json() == ["first", "seventh"]
+
+
+async def test_totals_of_what_cannot_be_known_are_not_kept(on_asyncpg: Service) -> None:
+    run(on_asyncpg, "CREATE VIEW seen AS SELECT id, name FROM items WHERE now() > '2000-01-01'")
+    on_asyncpg.overdrive.settings.pagination.__dict__["cache_totals"] = True
+    seen = named("seen")
+
+    @on_asyncpg.app.get("/page", response_model=Page[str])
+    async def page(db: SessionDep) -> Any:
+        return await paginate(db, select(seen.c.name).order_by(seen.c.id))
+
+    for total in (1, 2):
+        assert (await on_asyncpg.get("/page")).json()["total"] == total
+        await on_asyncpg.write(works(insert(Item).values(name="new")))
+
+
+# Partitions and heirs
+
+
+async def test_partitions_are_parts_of_one_table(service: Service) -> None:
+    run(service, DAYS)
+    tables = {name: days(name) for name in ("days", "days_1", "days_11", "days_2")}
+    for name, table in tables.items():
+        lists(service, f"/{name}", table)
+
+    @service.app.get("/days/{id}/{day}")
+    @cached
+    async def day(id: int, day: int, db: SessionDep) -> str | None:
+        table = tables["days"]
+        return await db.scalar(select(table.c.name).where(table.c.id == id, table.c.day == day))
+
+    paths = ["/days", "/days_1", "/days_11", "/days/1/10"]
+    for name, written in (("days", "c"), ("days_1", "d"), ("days_11", "e")):
+        table = tables[name]
+        assert await service.marks(*(path for path in paths for _ in range(2))) == 4 * MISS_AND_HIT
+        await service.write(works(update(table).where(table.c.id == 1, table.c.day == 10).values(name=written)))
+        answers = [(await service.get(path)).json() for path in paths]
+        assert answers == [[written, "b"], [written], [written], written]
+        await service.write(works(update(tables["days"]).where(tables["days"].c.id == 0).values(name="")))
+    # Of the whole table rows are told apart.
+    await service.marks("/days/1/10")
+    table = tables["days"]
+    await service.write(works(update(table).where(table.c.id == 2, table.c.day == 110).values(name="f")))
+    assert await service.marks("/days/1/10") == ["hit"]
+
+
+# Names
+
+
+async def test_one_table_has_one_name_wherever_it_is_sent_to(service: Service) -> None:
+    run(service, "CREATE SCHEMA a; CREATE TABLE a.items (id serial PRIMARY KEY, name text, parent_id int)")
+    run(service, "CREATE SCHEMA b; CREATE TABLE b.items (id serial PRIMARY KEY, name text, parent_id int)")
+    lists(service, "/qualified", named("items", "public"))
+    lists(service, "/a", named("items", "a"))
+
+    @service.app.get("/of/{schema}")
+    @cached
+    async def mapped(schema: str, db: SessionDep) -> list[str]:
+        options = {"schema_translate_map": {None: schema}}
+        return list(await db.scalars(select(Item.name).order_by(Item.id), execution_options=options))
+
+    async def into_a(db: AsyncSession) -> None:
+        options = {"schema_translate_map": {None: "a"}}
+        await db.execute(insert(Item).values(name="of a"), execution_options=options)
+
+    paths = ["/names", "/qualified", "/a", "/of/a", "/of/b"]
+    assert await service.marks(*(path for path in paths for _ in range(2))) == 5 * MISS_AND_HIT
+    await service.write(works(insert(Item).values(name="new")))
+    assert [(await service.get(path)).json() for path in ("/names", "/qualified")] == 2 * [["first", "new"]]
+    assert await service.marks("/a") == ["hit"]
+    await service.write(into_a)
+    assert [(await service.get(path)).json() for path in ("/a", "/of/a", "/of/b")] == [["of a"], ["of a"], []]
+    assert await service.marks("/a", "/of/a", "/of/b") == 3 * ["hit"]
+    await service.write(works(insert(named("items", "a")).values(name="more")))
+    assert [(await service.get(path)).json() for path in ("/a", "/of/a")] == 2 * [["of a", "more"]]
+
+
+async def test_a_search_path_set_for_a_tenant_is_nothing_to_keep_by(on_asyncpg: Service) -> None:
+    run(on_asyncpg, "CREATE SCHEMA a; CREATE TABLE a.items (id serial PRIMARY KEY, name text)")
+
+    @on_asyncpg.app.get("/of/{schema}")
+    @cached
+    async def of(schema: str, db: SessionDep) -> list[str]:
+        await db.execute(text(f"SET LOCAL search_path = {schema}"))
+        return list(await db.scalars(select(named("items").c.name)))
+
+    for schema, names in (("a", []), ("public", ["first"]), ("a", [])):
+        answer = await on_asyncpg.get(f"/of/{schema}")
+        assert (answer.json(), answer.headers["cache-status"]) == (names, UNKNOWN)
+
+
+async def test_a_temporary_table_hides_another_on_its_connection(service: Service) -> None:
+    async def hide(db: AsyncSession) -> None:
+        await db.execute(text("CREATE TEMP TABLE IF NOT EXISTS items (id int, name text, parent_id int)"))
+
+    assert await service.marks("/names", "/names") == MISS_AND_HIT
+    await service.write(hide)
+    answer = await service.get()
+    assert (answer.json(), answer.headers["cache-status"]) == ([], UNKNOWN)
+    lists(service, "/others", named("others"))
+    assert await service.marks("/others", "/others") == MISS_AND_HIT
+    await service.overdrive.engine.dispose()
+    assert (await service.get()).json() == ["first"]
+    assert await service.marks("/names") == ["hit"]
+
+
+# When the database is asked
+
+
+async def test_it_is_asked_with_its_first_connection_alone(service: Service, asked: list[Any]) -> None:
+    lists(service, "/others", named("others"))
+
+    @service.app.get("/page", response_model=Page[str])
+    async def page(db: SessionDep) -> Any:
+        return await paginate(db, select(Item.name).order_by(Item.id))
+
+    for _ in range(3):
+        await service.marks("/names", "/others", "/page")
+        await service.write(works(insert(Item).values(name="new")))
+    assert asked == [frozenset()]
+
+
+async def test_a_view_is_asked_for_once(service: Service, asked: list[Any]) -> None:
+    run(service, "CREATE VIEW seen AS SELECT id, name FROM items")
+    lists(service, "/seen", named("seen"))
+    for _ in range(3):
+        await service.marks("/seen")
+        await service.write(works(insert(Item).values(name="new")))
+    assert asked == [frozenset(), {"seen"}]
+
+
+async def test_with_every_connection_but_not_every_time(
+    postgres_database: str, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve(postgres_database) as service:
+        engine = service.overdrive.engine
+        monkeypatch.setattr(engine.sync_engine, "pool", NullPool(engine.sync_engine.pool._creator))
+        event.listen(engine.sync_engine, "connect", service.overdrive._observations[0]._connected)
+        for _ in range(3):
+            assert await service.write(works(select(Item))) == 200
+        assert len(asked) == 1
+
+
+async def test_statements_that_change_tables_have_it_asked_again(service: Service) -> None:
+    run(service, "CREATE TABLE hers (id int, name text); CREATE VIEW seen AS SELECT id, name FROM items")
+    lists(service, "/seen", named("seen"))
+    assert await service.marks("/seen", "/seen") == MISS_AND_HIT
+    await service.write(works(text("CREATE OR REPLACE VIEW seen AS SELECT id, name::varchar FROM others")))
+    assert await service.marks("/seen", "/seen") == MISS_AND_HIT
+    await service.write(works(insert(Other).values(name="new")))
+    assert (await service.get("/seen")).json() == ["other", "new"]
+
+
+async def test_what_is_not_committed_is_not_believed(service: Service) -> None:
+    async def undone(db: AsyncSession) -> None:
+        await db.execute(text("ALTER TABLE others RENAME TO gone"))
+        await db.execute(text("CREATE VIEW others AS SELECT id, name FROM items"))
+        await db.execute(select(named("others")))
+        await db.rollback()
+
+    lists(service, "/others", named("others"))
+    await service.write(undone)
+    assert await service.marks("/others", "/others") == MISS_AND_HIT
+    await service.write(works(insert(Other).values(name="new")))
+    assert (await service.get("/others")).json() == ["other", "new"]
+
+
+async def test_what_another_has_made_is_learned_with_the_next_connection(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observe, "_TOLD", 0.0)
+    lists(service, "/others", named("others"))
+    await service.marks("/others")
+    run(service, "ALTER TABLE others RENAME TO gone; CREATE VIEW others AS SELECT id, name FROM items")
+    await service.overdrive.engine.dispose()
+    await service.overdrive.cache.clear()
+    assert await service.marks("/names", "/others", "/others") == ["miss", *MISS_AND_HIT]
+    await service.write(works(insert(Item).values(name="new")))
+    assert (await service.get("/others")).json() == ["first", "new"]
+
+
+async def test_a_table_made_since_is_asked_for(service: Service) -> None:
+    await service.marks("/names")
+    run(service, "CREATE TABLE late (id int PRIMARY KEY, name text)")
+    lists(service, "/late", named("late"))
+    assert await service.marks("/late", "/late") == MISS_AND_HIT
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A database that does not let itself be asked."""
+    with monkeypatch.context() as patched:
+        patched.setattr(observe, "_TOLD", 0.0)
+        patched.setattr(catalogue, "_RELATIONS", "SELECT nothing")
+        patched.setattr(catalogue, "_DATABASES", "SELECT nothing")
+        yield patched
+
+
+async def test_nothing_is_kept_until_the_database_has_answered(
+    on_each_driver: Service, silent: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = on_each_driver
+    for _ in range(2):
+        assert (await service.get()).headers["cache-status"] == UNKNOWN
+    assert "the database did not say what its tables are" in caplog.text
+    silent.undo()
+    assert await service.marks("/names", "/names") == MISS_AND_HIT
+    await service.write(works(insert(Item).values(name="new")))
+    assert (await service.get()).json() == ["first", "new"]
+
+
+async def test_a_write_to_what_nobody_knows_is_one_to_everything(
+    on_each_driver: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = on_each_driver
+    lists(service, "/others", named("others"))
+    assert await service.marks("/others", "/others") == MISS_AND_HIT
+    service.overdrive._observations[0]._forget()
+    monkeypatch.setattr(observe.Observation, "ask", lambda *_: None)
+    await service.write(works(insert(Item).values(name="new")))
+    monkeypatch.undo()
+    assert await service.marks("/others") == ["miss"]
+
+
+async def test_plain_functions_and_connections_older_than_the_observation(url: str) -> None:
+    async with serve(url) as service:
+        engine = service.overdrive.sync_sessions().engine
+        event.remove(engine, "connect", service.overdrive._observations[-1]._connected)
+
+        @service.app.get("/plain")
+        @cached
+        def plain(db: SyncSessionDep) -> list[str]:
+            return list(db.scalars(select(Item.name)))
+
+        assert await service.marks("/plain", "/plain") == MISS_AND_HIT
