@@ -369,6 +369,57 @@ async def test_what_is_not_committed_is_not_believed(service: Service) -> None:
     assert (await service.get("/others")).json() == ["other", "new"]
 
 
+class Witness:
+    """Notes whether anything is known when a commit has ended and others may be told."""
+
+    def __init__(self) -> None:
+        self.known: list[bool] = []
+        self.observation: observe.Observation
+
+    async def before(self, writes: frozenset[str], sql: str) -> None:
+        pass
+
+    async def after(self, token: None, outcome: observe.Outcome) -> None:
+        self.known.append(self.observation._told.relations is not None)
+
+
+async def test_what_was_asked_before_a_change_was_committed_is_forgotten_with_it(service: Service) -> None:
+    witness = Witness()
+    engine = service.overdrive.engine
+    witness.observation = observe.observe(engine.sync_engine, "default", witness)
+    async with engine.connect() as one, engine.connect() as other:
+        await one.execute(text("CREATE VIEW more AS SELECT id, name FROM items"))
+        await other.execute(select(Item))
+        assert witness.observation._told.relations is not None
+        await one.commit()
+    assert witness.known == [False]
+
+
+async def test_an_answer_from_before_a_change_is_not_believed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observation = observe.observe(service.overdrive.engine.sync_engine, "default")
+
+    def overtaken(*asked: Any) -> Any:
+        told = catalogue.relations_of(*asked)
+        observation._forget()
+        return told
+
+    monkeypatch.setattr(observe, "relations_of", overtaken)
+    assert (await service.get()).headers["cache-status"] == UNKNOWN
+    monkeypatch.undo()
+    assert await service.marks("/names", "/names") == MISS_AND_HIT
+
+
+async def test_a_transaction_is_not_harmed_by_asking(service: Service, silent: pytest.MonkeyPatch) -> None:
+    async def write_and_read(db: AsyncSession) -> None:
+        await db.execute(insert(Item).values(name="second"))
+        await db.execute(select(Item))
+
+    assert await service.write(write_and_read) == 200
+    assert (await service.get()).json() == ["first", "second"]
+
+
 async def test_what_another_has_made_is_learned_with_the_next_connection(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
