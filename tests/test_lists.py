@@ -15,7 +15,7 @@ import sqlalchemy
 from cache.conftest import patient as patient
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
-from sqlalchemy import delete, event, func, insert, select, text, update
+from sqlalchemy import column, delete, event, func, insert, select, table, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, with_loader_criteria
 from support import Item, Other, client, recorded, tables
@@ -87,6 +87,12 @@ def _routes(app: FastAPI) -> None:
     @app.get("/plain", response_model=Page[ItemOut])
     def plain(db: SyncSessionDep) -> Any:
         return paginate(db, select(Item).order_by(Item.name.desc()))
+
+    @app.get("/view", response_model=Page[ItemOut])
+    async def view(db: SessionDep) -> Any:
+        return await paginate(
+            db, select(column("id"), column("name")).select_from(table("seen")).order_by(column("id"))
+        )
 
     @app.get("/capped", response_model=CountedPage[ItemOut])
     async def capped(db: SessionDep) -> Any:
@@ -165,6 +171,20 @@ def written_after_look_ups(service: Service) -> Iterator[None]:
         yield
     finally:
         service.overdrive.cache.find = find  # type: ignore[method-assign]
+
+
+@pytest.mark.usefixtures("all_deep")
+async def test_nothing_is_kept_of_a_list_of_what_cannot_be_known(service: Service) -> None:
+    with service.database.begin() as connection:
+        connection.execute(text("CREATE VIEW seen AS SELECT id, name FROM items WHERE random() IS NOT NULL"))
+    try:
+        for first in (5, 6, 7):
+            page = await service.get("/view?page=2&size=4")
+            assert (page["items"][0]["id"], page["total"]) == (first, ROWS + 5 - first)
+            await service.write(delete(Item).where(Item.id == first - 4))
+    finally:
+        with service.database.begin() as connection:
+            connection.execute(text("DROP VIEW seen"))
 
 
 # Totals

@@ -198,20 +198,6 @@ async def test_a_write_to_a_view_is_one_to_everything(on_asyncpg: Service) -> No
     assert (await on_asyncpg.get()).json() == ["first", "seventh"]
 
 
-async def test_totals_of_what_cannot_be_known_are_not_kept(on_asyncpg: Service) -> None:
-    run(on_asyncpg, "CREATE VIEW seen AS SELECT id, name FROM items WHERE now() > '2000-01-01'")
-    on_asyncpg.overdrive.settings.pagination.__dict__["cache_totals"] = True
-    seen = named("seen")
-
-    @on_asyncpg.app.get("/page", response_model=Page[str])
-    async def page(db: SessionDep) -> Any:
-        return await paginate(db, select(seen.c.name).order_by(seen.c.id))
-
-    for total in (1, 2):
-        assert (await on_asyncpg.get("/page")).json()["total"] == total
-        await on_asyncpg.write(works(insert(Item).values(name="new")))
-
-
 # Partitions and heirs
 
 
