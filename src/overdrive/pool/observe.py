@@ -92,8 +92,8 @@ Schemas = Mapping[str | None, str | None]
 _TOLD = 1.0
 
 
-class _Named(NamedTuple):
-    """What a statement reads and writes, by tags.
+class Named(NamedTuple):
+    """A statement with what it reads and writes, by tags.
 
     reads, writes: tags; all but those of the rows that are named.
     rows_read, rows_written: rows, under each name that their table has.
@@ -101,6 +101,7 @@ class _Named(NamedTuple):
     lacking: names of which the database might say more than it has.
     """
 
+    facts: Facts
     reads: frozenset[str]
     writes: frozenset[str]
     rows_read: tuple[Rows, ...]
@@ -121,7 +122,7 @@ class _Told:
         #: Why nothing is known; None where `relations` has it, or names are taken as they are.
         self.why = why
         self.at = time.monotonic()
-        self.named: dict[Facts, _Named] = {}
+        self.named: dict[Facts, Named] = {}
 
     def meaning(self, table: str) -> Meaning:
         if self.relations is not None:
@@ -137,7 +138,6 @@ class _Transaction:
     __slots__ = (
         "announced",
         "began",
-        "facts",
         "named",
         "reads",
         "relaxed",
@@ -157,8 +157,7 @@ class _Transaction:
         #: The first statement that wrote.
         self.sql = ""
         #: Of the statement that is being executed.
-        self.facts: Facts | None = None
-        self.named: _Named | None = None
+        self.named: Named | None = None
         self.reads: frozenset[str] = frozenset()
         self.started = 0.0
         #: Whom a statement in autocommit was announced to, with what they answered.
@@ -249,22 +248,19 @@ class Observation:
     def started(
         self,
         info: dict[Any, Any],
-        facts: Facts,
+        named: Named,
         sql: str,
         parameters: Sequence[Mapping[str, Any]] = (),
-        schemas: Schemas | None = None,
         *,
         autocommit: bool,
     ) -> None:
-        """Note that a statement with `facts` is about to run on the connection with `info`.
+        """Note that a statement is about to run on the connection with `info`.
 
         parameters: by their names, for each time it is executed.
-        schemas: under which `schema_translate_map` it is sent.
         """
-        transaction = _transaction_of(info)
-        named = self._named(facts, schemas)
+        transaction, facts = _transaction_of(info), named.facts
         reads, writes = self._tags_of(named, parameters)
-        transaction.facts, transaction.named, transaction.reads = facts, named, reads
+        transaction.named, transaction.reads = named, reads
         unknown = named.unknown
         if transaction.temporary and (hidden := transaction.temporary & facts.names_read):
             unknown = f"a temporary table was made on this connection, and may hide {min(hidden)}"
@@ -289,7 +285,7 @@ class Observation:
         """Note that the statement last started on the connection with `info` was answered."""
         transaction = _transaction_of(info)
         duration = time.perf_counter() - transaction.started
-        facts, transaction.facts = transaction.facts, None
+        named, transaction.named = transaction.named, None
         if (context := current()) is not None:
             context.statements += 1
             context.database_time += duration
@@ -297,11 +293,12 @@ class Observation:
             # Looking for the place is dear, and done once.
             if context.repeats is not None and context.repeats.add(sql) and (place := next(team_lines(), None)):
                 context.repeats.came_from(sql, place)
-        if facts is None or transaction.named is None:
+        if named is None:
             return
-        if facts.rows_read and rows < 1:
+        facts = named.facts
+        if named.rows_read and rows < 1:
             # What is not there yet may come without being named.
-            tables = self._tagged(each.table for each in transaction.named.rows_read)
+            tables = self._tagged(each.table for each in named.rows_read)
             transaction.reads |= tables
             for collector in collectors():
                 _collect(collector, tables)
@@ -314,7 +311,11 @@ class Observation:
                 self._forget()
             self._report(transaction.announced, Outcome.COMMITTED)
 
-    def _named(self, facts: Facts, schemas: Schemas | None = None) -> _Named:
+    def named(self, facts: Facts, schemas: Schemas | None = None) -> Named:
+        """Return a statement with what its names stand for, as far as the database has said that.
+
+        schemas: under which `schema_translate_map` it is sent.
+        """
         told = self._told
         named = told.named.get(facts) if not schemas else None
         if named is None:
@@ -323,7 +324,7 @@ class Observation:
                 told.named[facts] = named
         return named
 
-    def _name(self, facts: Facts, schemas: Schemas, told: _Told) -> _Named:
+    def _name(self, facts: Facts, schemas: Schemas, told: _Told) -> Named:
         """Find out what the tables of a statement are, and under which names else they are written."""
         also: dict[str, frozenset[str]] = {}
         meanings: dict[str, Meaning] = {}
@@ -345,7 +346,8 @@ class Observation:
             reads |= {self._everything}
         writes = under_all_names(facts.writes) | {name + OF_ROWS for name in under_all_names(facts.scattered)}
         writes = writes.union(*(meanings[table].writes for table in facts.writes if table in meanings))
-        return _Named(
+        return Named(
+            facts,
             reads,
             self._tagged(writes),
             tuple(other for rows in facts.rows_read for other in of_all_names(rows)),
@@ -354,7 +356,7 @@ class Observation:
             frozenset(table.rpartition(".")[2] for table, each in meanings.items() if each.lacking),
         )
 
-    def _tags_of(self, named: _Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
+    def _tags_of(self, named: Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
         reads, writes = named.reads, named.writes
         if named.rows_read:
             reads = reads.union(*(self._of_read(rows, parameters) for rows in named.rows_read))
@@ -365,7 +367,7 @@ class Observation:
 
     def reads_of(self, facts: Facts) -> frozenset[str] | None:
         """Return the tags of what a statement reads, but for the rows it reads by their keys; None where unknown."""
-        named = self._named(facts)
+        named = self.named(facts)
         return None if named.unknown else named.reads
 
     def _of_read(self, rows: Rows, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str]:
@@ -385,21 +387,19 @@ class Observation:
         """Have the database asked again: until then nobody knows what a name stands for."""
         self._told = self._untold("a statement has changed tables, or made some")
 
-    def lacks(self, facts: Facts, schemas: Schemas | None = None) -> bool:
+    def lacks(self, named: Named) -> bool:
         """Say whether the database is to be asked what a statement's names stand for."""
-        lacking = self._named(facts, schemas).lacking
-        if not lacking:
-            return False
-        return not lacking <= self._told.sought or time.monotonic() - self._told.at > _TOLD
+        told = self._told
+        return bool(named.lacking) and (not named.lacking <= told.sought or time.monotonic() - told.at > _TOLD)
 
-    def ask(self, connection: PoolProxiedConnection, facts: Facts, schemas: Schemas | None = None) -> None:
+    def ask(self, connection: PoolProxiedConnection, named: Named) -> None:
         """Ask the database what a statement's names stand for, where that harms no transaction.
 
         What is not committed is nobody else's yet, and an error would end it.
         """
         driver: Any = connection.driver_connection
         if is_idle(self.engine, connection) or getattr(driver, "in_transaction", True) is False:
-            self._sought |= self._named(facts, schemas).lacking
+            self._sought |= named.lacking
             self._ask(connection.dbapi_connection)
 
     def _connected(self, dbapi_connection: Any, _record: Any) -> None:
@@ -423,14 +423,16 @@ class Observation:
     ) -> None:
         facts = facts_of(context.compiled, sql)
         schemas = context.execution_options.get("schema_translate_map")
-        if self.lacks(facts, schemas):
-            self.ask(connection.connection, facts, schemas)
+        named = self.named(facts, schemas)
+        if self.lacks(named):
+            self.ask(connection.connection, named)
+            named = self.named(facts, schemas)
         autocommit = self._is_autocommit(connection)
         if not autocommit:
             self._begin_late(connection, context, facts)
         # Statements that SQLAlchemy has not compiled have no names for theirs, nor facts that ask for them.
         parameters = getattr(context, "compiled_parameters", None) or ()
-        self.started(connection.info, facts, sql, parameters, schemas, autocommit=autocommit)
+        self.started(connection.info, named, sql, parameters, autocommit=autocommit)
 
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -442,8 +444,8 @@ class Observation:
         if connection is None or connection.invalidated or connection.closed:
             return
         transaction = _transaction_of(connection.info)
-        facts, transaction.facts = transaction.facts, None
-        if facts is not None and facts.writes and self._is_autocommit(connection):
+        named, transaction.named = transaction.named, None
+        if named is not None and named.writes and self._is_autocommit(connection):
             self._report(transaction.announced, Outcome.UNKNOWN)
 
     def _begin_late(self, connection: Connection, context: ExecutionContext, facts: Facts) -> None:
