@@ -8,11 +8,27 @@ from typing import Any
 
 import pytest
 from cache.service import Service, serve
-from sqlalchemy import Column, Integer, MetaData, NullPool, String, Table, event, insert, literal, select, text, update
+from sqlalchemy import (
+    URL,
+    Column,
+    Integer,
+    MetaData,
+    NullPool,
+    String,
+    Table,
+    event,
+    insert,
+    literal,
+    make_url,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from support import Item, Other, outside
 
 from overdrive import Page, SessionDep, SyncSessionDep, cached, paginate
+from overdrive.context import collecting
 from overdrive.pool import catalogue, observe
 
 pytestmark = pytest.mark.anyio
@@ -329,6 +345,31 @@ async def test_with_every_connection_but_not_every_time(
     monkeypatch.setattr(observe, "_TOLD", 0.0)
     await connect()
     assert len(asked) == 2
+
+
+@pytest.fixture
+def reader(emptied: str) -> Iterator[URL]:
+    """The database as a role has it that may read one view of `items`, and nothing else."""
+    owner = outside(emptied)
+    with owner.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE ROLE reader LOGIN; CREATE TABLE items (id int); CREATE VIEW seen AS SELECT id FROM items;"
+            "GRANT USAGE ON SCHEMA public TO reader; GRANT SELECT ON seen TO reader"
+        )
+    yield make_url(emptied).set(username="reader")
+    with owner.begin() as connection:
+        connection.exec_driver_sql("DROP OWNED BY reader; DROP ROLE reader")
+    owner.dispose()
+
+
+async def test_a_role_without_rights_learns_as_much(reader: URL) -> None:
+    engine = create_async_engine(reader)
+    observe.observe(engine.sync_engine, "main")
+    with collecting() as reads:
+        async with engine.connect() as connection:
+            await connection.execute(select(named("seen").c.id))
+    assert (reads.unknown, "main/items" in reads.tags) == ([], True)
+    await engine.dispose()
 
 
 async def test_statements_that_change_tables_have_it_asked_again(service: Service) -> None:
