@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from sqlalchemy import delete, event, func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, with_loader_criteria
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, with_loader_criteria
 from support import Item, Other, client, recorded, tables
 
 from overdrive import (
@@ -37,6 +37,17 @@ from overdrive.pagination import boundary, number
 pytestmark = pytest.mark.anyio
 
 ROWS = 60
+
+
+class Views(DeclarativeBase):
+    pass
+
+
+class Seen(Views):
+    __tablename__ = "seen"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
 
 
 class ItemOut(BaseModel):
@@ -87,6 +98,10 @@ def _routes(app: FastAPI) -> None:
     @app.get("/plain", response_model=Page[ItemOut])
     def plain(db: SyncSessionDep) -> Any:
         return paginate(db, select(Item).order_by(Item.name.desc()))
+
+    @app.get("/view/{total}", response_model=CountedPage[ItemOut])
+    async def view(total: Literal["exact", "none"], db: SessionDep) -> Any:
+        return await paginate(db, select(Seen).order_by(Seen.name.desc()), total=total)
 
     @app.get("/capped", response_model=CountedPage[ItemOut])
     async def capped(db: SessionDep) -> Any:
@@ -165,6 +180,23 @@ def written_after_look_ups(service: Service) -> Iterator[None]:
         yield
     finally:
         service.overdrive.cache.find = find  # type: ignore[method-assign]
+
+
+@pytest.mark.usefixtures("all_deep")
+async def test_nothing_is_kept_of_a_list_of_what_cannot_be_known(service: Service) -> None:
+    with service.database.begin() as connection:
+        connection.execute(text("CREATE VIEW seen AS SELECT id, name FROM items WHERE random() IS NOT NULL"))
+    try:
+        for gone in range(3):
+            for total, rows in (("none", None), ("exact", ROWS - gone)):
+                page = await service.get(f"/view/{total}?page=2&size=4")
+                found = await service.get("/items?page=2&size=4")
+                assert (page["items"], page["total"]) == (found["items"], rows)
+            before = await service.get("/items?page=1&size=4")
+            await service.write(delete(Item).where(Item.id == before["items"][0]["id"]))
+    finally:
+        with service.database.begin() as connection:
+            connection.execute(text("DROP VIEW seen"))
 
 
 # Totals

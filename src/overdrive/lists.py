@@ -141,6 +141,8 @@ class ListKeeper:
         assert isinstance(kept.since, Since)
         instant, ttl = kept.since
         tags = self.observation.reads_of(self.facts[name])
+        if tags is None:
+            return
         if self.context.tenant is not None:
             tags |= {tag_of_tenant(self.context.tenant)}
         await self.cache.keep(self._key(name), _FORM, instant, tags, ttl, headers=[], body=body, flight=None)

@@ -72,6 +72,15 @@ async def warm(engine: AsyncEngine) -> None:
         pass
 
 
+async def test_the_database_is_asked_what_names_stand_for(engine: AsyncEngine, sent: list[str]) -> None:
+    await warm(engine)
+    observe(engine.sync_engine, "default")._forget()
+    async with Sessions.of(engine)() as session:
+        with collecting() as reads:
+            assert await names(session) == ["a", "b"]
+    assert (len(sent), reads.unknown) == (1, [])
+
+
 async def test_the_session_never_has_the_connection(engine: AsyncEngine, sent: list[str]) -> None:
     await warm(engine)
     async with Sessions.of(engine)() as session:

@@ -123,7 +123,11 @@ async def _send(
     if pooled is None:
         pooled = await greenlet_spawn(_take, engine)
     try:
-        observation.started(pooled.info, statement.facts, statement.sql, (given,), autocommit=False)
+        named = observation.named(statement.facts)
+        if observation.lacks(named):
+            await greenlet_spawn(observation.ask, pooled, named)
+            named = observation.named(statement.facts)
+        observation.started(pooled.info, named, statement.sql, (given,), autocommit=False)
         return await _fetch(pooled, engine, observation, statement, values)
     finally:
         if returns_without_waiting(engine, pooled):

@@ -33,9 +33,11 @@ logger = logging.getLogger("overdrive")
 
 #: Seconds without a beat after which nothing is taken from the cache.
 LEASE = 1.0
-#: Seconds between two beats, and between two looks into an outbox.
+#: Seconds between two beats.
 _BEAT = 0.25
-_LOOK = 0.03
+#: Seconds between two looks into an outbox. What is written is heard a look later at most, and on a busy machine some
+#: 20 ms later than that: with 10 ms between them within 50, for 4 % of a core in one process.
+_LOOK = 0.01
 #: Seconds after which a leader without a beat is put off.
 _DEAD = 2.0
 #: Seconds an answer is waited for.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
@@ -26,8 +26,10 @@ from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 from overdrive.instrumentation.repeats import Repeats
 
+from .catalogue import ASKED, relations_of
 from .holders import team_lines
 from .pool import FairPool
+from .relations import Meaning, Relations, translated
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of, outline
 from .tasks import loop_beside, to_the_end
@@ -84,11 +86,68 @@ Announced = list[tuple[CommitObserver, Any]]
 #: Tags of rows beyond which they are gathered by tables.
 _MANY = 100
 
+#: Where a `schema_translate_map` has tables sent to: by the schema of their models, another.
+Schemas = Mapping[str | None, str | None]
+
+#: Seconds for which nobody asks again what the database has, unless a statement may have changed it.
+_TOLD = 1.0
+
+
+class Named(NamedTuple):
+    """A statement with what it reads and writes, by tags.
+
+    reads, writes: tags; all but those of the rows that are named.
+    rows_read, rows_written: rows, under each name that their table has.
+    unknown: why `reads` may be incomplete.
+    lacking: names of which the database might say more than it has.
+    """
+
+    facts: Facts
+    reads: frozenset[str]
+    writes: frozenset[str]
+    rows_read: tuple[Rows, ...]
+    rows_written: tuple[Rows, ...]
+    unknown: str | None
+    lacking: frozenset[str]
+
+
+class _Told:
+    """What the database has said of its relations, and what follows for each statement."""
+
+    __slots__ = ("at", "named", "relations", "sought", "why")
+
+    def __init__(self, relations: Relations | None, sought: frozenset[str], why: str | None = None) -> None:
+        self.relations = relations
+        #: Names, without their schemas, that were asked for.
+        self.sought = sought
+        #: Why nothing is known; None where `relations` has it, or names are taken as they are.
+        self.why = why
+        self.at = time.monotonic()
+        self.named: dict[Facts, Named] = {}
+
+    def meaning(self, table: str) -> Meaning:
+        if self.relations is not None:
+            return self.relations.meaning(table)
+        if self.why is None:
+            return Meaning()
+        return Meaning(writes=frozenset((EVERYTHING,)), unknown=self.why, lacking=True)
+
 
 class _Transaction:
     """What is known of a DBAPI connection between two ends of a transaction."""
 
-    __slots__ = ("announced", "began", "facts", "reads", "relaxed", "sql", "started", "writes")
+    __slots__ = (
+        "announced",
+        "began",
+        "named",
+        "reads",
+        "relaxed",
+        "reshapes",
+        "sql",
+        "started",
+        "temporary",
+        "writes",
+    )
 
     def __init__(self) -> None:
         #: Whether the database has been asked for anything but plain reads since the last end.
@@ -99,11 +158,15 @@ class _Transaction:
         #: The first statement that wrote.
         self.sql = ""
         #: Of the statement that is being executed.
-        self.facts: Facts | None = None
+        self.named: Named | None = None
         self.reads: frozenset[str] = frozenset()
         self.started = 0.0
         #: Whom a statement in autocommit was announced to, with what they answered.
         self.announced: Announced = []
+        #: Whether names may mean something else when it has ended.
+        self.reshapes = False
+        #: Names of temporary tables that were made on the connection, as long as that lasts.
+        self.temporary: frozenset[str] = frozenset()
 
     def wrote(self, tags: frozenset[str], sql: str) -> None:
         self.sql = self.sql or sql
@@ -162,7 +225,9 @@ class Observation:
         #: Whom requests ask before they have a connection.
         self.admission: Admission | None = None
         self._everything = f"{name}/{EVERYTHING}"
-        self._tags: dict[Facts, tuple[frozenset[str], frozenset[str]]] = {}
+        #: Names of which the database had not said enough at first.
+        self._sought: frozenset[str] = frozenset()
+        self._told = self._untold("nobody has asked the database yet what its tables are")
         self._listen()
 
     def _listen(self) -> None:
@@ -170,6 +235,7 @@ class Observation:
         event.listen(self.engine, "after_cursor_execute", self._after_cursor_execute)
         event.listen(self.engine, "handle_error", self._handle_error)
         event.listen(self.engine, "checkin", self._checkin)
+        event.listen(self.engine, "connect", self._connected)
         dialect: Any = self.engine.dialect
         dialect.do_commit = self._committing(dialect.do_commit)
         dialect.do_commit_twophase = self._committing(dialect.do_commit_twophase)
@@ -183,23 +249,31 @@ class Observation:
     def started(
         self,
         info: dict[Any, Any],
-        facts: Facts,
+        named: Named,
         sql: str,
         parameters: Sequence[Mapping[str, Any]] = (),
         *,
         autocommit: bool,
     ) -> None:
-        """Note that a statement with `facts` is about to run on the connection with `info`.
+        """Note that a statement is about to run on the connection with `info`.
 
         parameters: by their names, for each time it is executed.
         """
-        transaction = _transaction_of(info)
-        reads, writes = self._tags_of(facts, parameters)
-        transaction.facts, transaction.reads = facts, reads
+        transaction, facts = _transaction_of(info), named.facts
+        reads, writes = self._tags_of(named, parameters)
+        transaction.named, transaction.reads = named, reads
+        unknown = named.unknown
+        if transaction.temporary and (hidden := transaction.temporary & facts.names_read):
+            unknown = f"a temporary table was made on this connection, and may hide {min(hidden)}"
         for collector in collectors():
             _collect(collector, reads)
-            if facts.unknown:
-                collector.unknown.append(facts.unknown)
+            if unknown:
+                collector.unknown.append(unknown)
+        if facts.temporary:
+            transaction.temporary |= facts.temporary
+        if facts.reshapes:
+            transaction.reshapes = True
+            self._forget()
         if writes:
             transaction.wrote(writes, sql)
             if (context := current()) is not None:
@@ -212,7 +286,7 @@ class Observation:
         """Note that the statement last started on the connection with `info` was answered."""
         transaction = _transaction_of(info)
         duration = time.perf_counter() - transaction.started
-        facts, transaction.facts = transaction.facts, None
+        named, transaction.named = transaction.named, None
         if (context := current()) is not None:
             context.statements += 1
             context.database_time += duration
@@ -222,58 +296,146 @@ class Observation:
                 repeats = context.repeats = context.repeats or Repeats(limit)
                 if repeats.add(sql) and (place := next(team_lines(), None)):
                     repeats.came_from(sql, place)
-        if facts is None:
+        if named is None:
             return
-        if facts.rows_read and rows < 1:
+        facts = named.facts
+        if named.rows_read and rows < 1:
             # What is not there yet may come without being named.
-            tables = self._named(each.table for each in facts.rows_read)
+            tables = self._tagged(each.table for each in named.rows_read)
             transaction.reads |= tables
             for collector in collectors():
                 _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
-            writes = self._named(facts.writes)
+            writes = self._tagged(facts.writes)
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
         if autocommit and facts.writes:
+            if facts.reshapes:
+                self._forget()
             self._report(transaction.announced, Outcome.COMMITTED)
 
-    def _tags_of(self, facts: Facts, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
-        tags = self._tags.get(facts)
-        if tags is None:
-            reads = self._named(facts.reads)
-            # A write that could not be read must outdate every reading of this engine.
-            if facts.reads or facts.rows_read:
-                reads |= {self._everything}
-            writes = self._named(facts.writes) | self._named(table + OF_ROWS for table in facts.scattered)
-            tags = self._tags[facts] = reads, writes
-        if facts.rows_read:
-            tags = tags[0].union(*(self._of_read(rows, parameters) for rows in facts.rows_read)), tags[1]
-        elif facts.rows_written is not None:
-            rows = facts.rows_written
-            tags = tags[0], tags[1] | self._named(rows.tags(parameters) or (rows.table + OF_ROWS,))
-        return tags
+    def named(self, facts: Facts, schemas: Schemas | None = None) -> Named:
+        """Return a statement with what its names stand for, as far as the database has said that.
 
-    def reads_of(self, facts: Facts) -> frozenset[str]:
-        """Return the tags of what a statement reads, but for the rows it reads by their keys."""
-        return self._tags_of(replace(facts, rows_read=()), ())[0]
+        schemas: under which `schema_translate_map` it is sent.
+        """
+        told = self._told
+        named = told.named.get(facts) if not schemas else None
+        if named is None:
+            named = self._name(facts, schemas or {}, told)
+            if not schemas:
+                told.named[facts] = named
+        return named
+
+    def _name(self, facts: Facts, schemas: Schemas, told: _Told) -> Named:
+        """Find out what the tables of a statement are, and under which names else they are written."""
+        also: dict[str, frozenset[str]] = {}
+        meanings: dict[str, Meaning] = {}
+        for table in (facts.names_read | facts.writes) - {EVERYTHING}:
+            sent = translated(table, schemas) if schemas else table
+            meanings[table] = meaning = told.meaning(sent)
+            also[table] = frozenset((table, sent)) | meaning.also
+
+        def under_all_names(tables: Iterable[str]) -> set[str]:
+            return {name for table in tables for name in also.get(table, (table,))}
+
+        def of_all_names(rows: Rows) -> Iterator[Rows]:
+            return (replace(rows, table=name) for name in sorted(also[rows.table]))
+
+        read = [meanings[table] for table in facts.names_read if table in meanings]
+        reads = self._tagged(under_all_names(facts.reads).union(*(each.reads for each in read)))
+        # A write that could not be read must outdate every reading of this engine.
+        if facts.reads or facts.rows_read:
+            reads |= {self._everything}
+        writes = under_all_names(facts.writes) | {name + OF_ROWS for name in under_all_names(facts.scattered)}
+        writes = writes.union(*(meanings[table].writes for table in facts.writes if table in meanings))
+        return Named(
+            facts,
+            reads,
+            self._tagged(writes),
+            tuple(other for rows in facts.rows_read for other in of_all_names(rows)),
+            () if facts.rows_written is None else tuple(of_all_names(facts.rows_written)),
+            facts.unknown or next((each.unknown for each in read if each.unknown), None),
+            frozenset(table.rpartition(".")[2] for table, each in meanings.items() if each.lacking),
+        )
+
+    def _tags_of(self, named: Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
+        reads, writes = named.reads, named.writes
+        if named.rows_read:
+            reads = reads.union(*(self._of_read(rows, parameters) for rows in named.rows_read))
+        elif named.rows_written:
+            written = (rows.tags(parameters) or (rows.table + OF_ROWS,) for rows in named.rows_written)
+            writes = writes.union(*map(self._tagged, written))
+        return reads, writes
+
+    def reads_of(self, facts: Facts) -> frozenset[str] | None:
+        """Return the tags of what a statement reads, but for the rows it reads by their keys; None where unknown."""
+        named = self.named(facts)
+        return None if named.unknown else named.reads
 
     def _of_read(self, rows: Rows, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str]:
         own = rows.tags(parameters)
-        return self._named((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
+        return self._tagged((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
 
-    def _named(self, tables: Iterable[str]) -> frozenset[str]:
+    def _tagged(self, tables: Iterable[str]) -> frozenset[str]:
         return frozenset(f"{self.name}/{table}" for table in tables)
+
+    # What names stand for
+
+    def _untold(self, why: str) -> _Told:
+        # Of other databases nobody knows how to ask, and a name is taken for a table's.
+        return _Told(None, frozenset(), why if self.engine.dialect.name in ASKED else None)
+
+    def _forget(self) -> None:
+        """Have the database asked again: until then nobody knows what a name stands for."""
+        self._told = self._untold("a statement has changed tables, or made some")
+
+    def lacks(self, named: Named) -> bool:
+        """Say whether the database is to be asked what a statement's names stand for."""
+        told = self._told
+        return bool(named.lacking) and (not named.lacking <= told.sought or time.monotonic() - told.at > _TOLD)
+
+    def ask(self, connection: PoolProxiedConnection, named: Named) -> None:
+        """Ask the database what a statement's names stand for, where that harms no transaction.
+
+        What is not committed is nobody else's yet, and an error would end it.
+        """
+        driver: Any = connection.driver_connection
+        if is_idle(self.engine, connection) or getattr(driver, "in_transaction", True) is False:
+            self._sought |= named.lacking
+            self._ask(connection.dbapi_connection)
+
+    def _connected(self, dbapi_connection: Any, _record: Any) -> None:
+        if self._told.relations is None or time.monotonic() - self._told.at > _TOLD:
+            self._ask(dbapi_connection)
+
+    def _ask(self, dbapi_connection: Any) -> None:
+        asked, sought = self._told, self._sought
+        if asked.relations is None and asked.why is None:
+            return
+        try:
+            told = _Told(relations_of(dbapi_connection, self.engine.dialect.name, sought), sought)
+        except self.engine.dialect.loaded_dbapi.Error as error:
+            told = _Told(None, sought, f"the database did not say what its tables are ({error})")
+        # Otherwise a statement has changed something meanwhile, or somebody else has asked.
+        if self._told is asked:
+            self._told = told
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
         facts = facts_of(context.compiled, sql)
+        schemas = context.execution_options.get("schema_translate_map")
+        named = self.named(facts, schemas)
+        if self.lacks(named):
+            self.ask(connection.connection, named)
+            named = self.named(facts, schemas)
         autocommit = self._is_autocommit(connection)
         if not autocommit:
             self._begin_late(connection, context, facts)
         # Statements that SQLAlchemy has not compiled have no names for theirs, nor facts that ask for them.
         parameters = getattr(context, "compiled_parameters", None) or ()
-        self.started(connection.info, facts, sql, parameters, autocommit=autocommit)
+        self.started(connection.info, named, sql, parameters, autocommit=autocommit)
 
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -285,8 +447,8 @@ class Observation:
         if connection is None or connection.invalidated or connection.closed:
             return
         transaction = _transaction_of(connection.info)
-        facts, transaction.facts = transaction.facts, None
-        if facts is not None and facts.writes and self._is_autocommit(connection):
+        named, transaction.named = transaction.named, None
+        if named is not None and named.writes and self._is_autocommit(connection):
             self._report(transaction.announced, Outcome.UNKNOWN)
 
     def _begin_late(self, connection: Connection, context: ExecutionContext, facts: Facts) -> None:
@@ -343,7 +505,7 @@ class Observation:
                 if not self._lost_connection(error):
                     self.engine.dialect.do_rollback(connection)
                 raise
-            transaction.end()
+            self._end(transaction)
 
         return do_commit
 
@@ -352,7 +514,7 @@ class Observation:
             transaction = _transaction_of(_info_of(connection))
             if not is_idle(self.engine, connection):
                 rollback(connection)
-            transaction.end()
+            self._end(transaction)
 
         return do_rollback
 
@@ -378,7 +540,15 @@ class Observation:
                 outcome = Outcome.ROLLED_BACK
             raise
         finally:
+            if transaction.reshapes:
+                self._forget()
             self._report(announced, outcome)
+
+    def _end(self, transaction: _Transaction) -> None:
+        transaction.end()
+        if transaction.reshapes:
+            transaction.reshapes = False
+            self._forget()
 
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
@@ -410,7 +580,7 @@ class Observation:
         transaction = record.info.get(_KEY)
         if transaction is None:
             return
-        transaction.end()
+        self._end(transaction)
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 

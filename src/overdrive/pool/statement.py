@@ -19,6 +19,7 @@ from sqlalchemy import (
     CompoundSelect,
     Insert,
     Select,
+    Table,
     TableClause,
     TextClause,
     UpdateBase,
@@ -127,6 +128,14 @@ _VALUES = re.compile(
 
 _READING_WORDS = frozenset(("select", "values", "table", "show", "explain", "set", "reset", "pragma"))
 _SAVEPOINT_WORDS = frozenset(("savepoint", "release", "rollback"))
+#: What may give a name another meaning, in textual SQL.
+_RESHAPING = re.compile(r"\b(?:create|alter|drop|import|attach|detach)\b", re.IGNORECASE)
+#: A temporary table that textual SQL makes, or has to do with.
+_TEMPORARY = re.compile(
+    r"""\b(?:temp|temporary)\b(?:\s*\.|(?:\s+(?:recursive|unlogged|table|view)\b)*(?:\s+if\s+not\s+exists\b)?)\s*"""
+    r"""(?:pg_temp\s*\.\s*)?(?:"((?:[^"]|"")+)"|(\w+))|\bpg_temp\s*\.\s*(?:"((?:[^"]|"")+)"|(\w+))""",
+    re.IGNORECASE,
+)
 _FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
 _PLAIN_LITERAL = re.compile(r"[\w.*\"]+|'[^']*'")
 
@@ -141,6 +150,8 @@ class Facts:
     rows_read: of tables of which nothing else is read, and which are not among `reads`.
     rows_written: the only rows written of their table.
     scattered: tables of which other rows are written, or nobody knows which, than new ones.
+    reshapes: whether names may mean something else after it.
+    temporary: names that stand for temporary tables after it, on its connection.
     """
 
     reads: frozenset[str]
@@ -150,6 +161,13 @@ class Facts:
     rows_read: tuple[Rows, ...] = ()
     rows_written: Rows | None = None
     scattered: frozenset[str] = frozenset()
+    reshapes: bool = False
+    temporary: frozenset[str] = frozenset()
+
+    @property
+    def names_read(self) -> frozenset[str]:
+        """Return the tables of which anything is read."""
+        return self.reads.union(each.table for each in self.rows_read)
 
 
 _known: WeakKeyDictionary[Compiled, Facts] = WeakKeyDictionary()
@@ -177,7 +195,15 @@ def _facts_of_text(sql: str) -> Facts:
         return Facts(frozenset(), frozenset(), None, plain=False)
     everything = frozenset((EVERYTHING,))
     writes = frozenset[str]() if word in _READING_WORDS else everything
-    return Facts(everything, writes, "textual SQL names no tables", plain=False)
+    temporary = frozenset(_name_of(found) for found in _TEMPORARY.finditer(sql))
+    reshapes = bool(writes) and _RESHAPING.search(sql) is not None
+    unknown = "textual SQL names no tables"
+    return Facts(everything, writes, unknown, plain=False, reshapes=reshapes, temporary=temporary)
+
+
+def _name_of(found: re.Match[str]) -> str:
+    quoted, plain = found[1] or found[3], found[2] or found[4]
+    return quoted.replace('""', '"') if quoted else plain.lower()
 
 
 def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
@@ -226,6 +252,8 @@ def _mystery(element: Any) -> str | None:
     elif isinstance(element, ColumnClause):
         if element.is_literal and not _PLAIN_LITERAL.fullmatch(element.name):
             return "literal_column() names no tables"
+    elif isinstance(element, Table) and any("TEMP" in prefix.upper() for prefix in element._prefixes):
+        return f"{element.name} is a temporary table, of which each connection has its own"
     elif isinstance(element, ColumnElement) and not type(element).__module__.startswith("sqlalchemy."):
         return f"the element {type(element).__name__} is not SQLAlchemy's own"
     return None
