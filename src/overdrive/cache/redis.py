@@ -276,6 +276,10 @@ class RedisStore:
             if (near := self._link().near) is not None:
                 near.drop(key)
 
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
+        await self._link().ask("DEL", f"{self._prefix}:entry:{key}")
+
     async def bump(self, tags: Collection[str], writer: str = "") -> None:
         """Move the clock, and stamp `tags` with it."""
         await self._stamp(tags, writer)

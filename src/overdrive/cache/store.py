@@ -105,6 +105,9 @@ class Store(Protocol):
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
 
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
+
     async def claim(self, key: str, fingerprint: str, token: str) -> Claim | None:
         """Take the lease of a key if it is free, and look the entry up after that.
 
@@ -275,6 +278,10 @@ class MemoryStore:
         """Keep an entry until it is pushed out; whether it has expired is judged when it is read."""
         # As if it had been looked at before all writes.
         self._entries.put(key, _Held(entry, None), size_of(entry))
+
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
+        self._entries.pop(key)
 
     async def claim(self, key: str, fingerprint: str, token: str) -> None:
         """No other process makes entries here."""
