@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from overdrive.errors import ConfigurationError
+from overdrive.instrumentation.numbers import Histogram
 
 from . import connection as wire
 from .connection import Address, RedisError, ReplyError, blocking_connection, code_of, without_secrets
@@ -29,13 +30,16 @@ from .link import IS_CLUSTER, LEASE, REDIRECTIONS, Answer, Link, Route, instant_
 from .member import Connection, Member
 from .near import Near
 from .scripts import ADD, CLEAR, HISTORY, RELEASE, SAME_HISTORY, STAMP, SWITCH, VERSIONS, Script
-from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, StoreUnavailable
+from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, Push, StoreUnavailable
 
 #: Keys whose entries' tags are remembered, to be asked for together with the entry.
 _REMEMBERED = 10_000
 
 #: What is remembered of a write: the clock and the names of the tags, milliseconds of Redis' clock, and who wrote.
 _lines = msgspec.msgpack.Decoder(tuple[list[str], int, str])
+
+#: What is told of a write: the clock and the names of the tags, and microseconds of Redis' clock.
+_messages = msgspec.msgpack.Decoder(tuple[list[str], int])
 
 #: Seconds the counts are kept after they were last added to.
 _DAY = 86_400
@@ -88,6 +92,7 @@ class RedisStore:
         self.refused_fills = 0
         #: How often Redis was found to be away, and answers with which nothing was to be served.
         self.opened = 0
+        self._push_lag = Histogram()
         self.suspended = 0
         self._member: Member | None = None
 
@@ -362,6 +367,11 @@ class RedisStore:
             "redis.opened": self.opened,
         } | {name: sum(each[name] for each in near) for name in (near[0] if near else ())}
 
+    def push(self) -> Push:
+        """Return how this process hears of what others write."""
+        is_told = any(route.is_told for route in self._routes.values())
+        return Push("pubsub" if is_told else "none", self._push_lag)
+
     async def aclose(self) -> None:
         """Close this loop's connections."""
         route = self._routes.pop(asyncio.get_running_loop(), None)
@@ -425,8 +435,10 @@ class RedisStore:
 
     def heard(self, near: Near, payload: bytes) -> None:
         """Take note of a write that Redis tells of."""
-        clock, *names = msgspec.msgpack.decode(payload, type=list[str])
+        (clock, *names), microseconds = _messages.decode(payload)
         near.hear(instant_of(clock.encode()), self._tags_in(names))
+        if names:
+            self._push_lag.note(self.member().since(microseconds / 1000))
 
     def _tags_in(self, names: Iterable[str]) -> list[str]:
         return [name.removeprefix(f"{self._together}:tag:") for name in names]

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from overdrive.instrumentation.numbers import Histogram
 
 from .entry import Entry, Instant
 from .history import Written
@@ -63,6 +65,20 @@ class Mark(NamedTuple):
     token: str
     tags: frozenset[str]
     writer: str
+
+
+PushMode: TypeAlias = Literal["pubsub", "none"]
+
+
+class Push(NamedTuple):
+    """How a process hears of what others write.
+
+    mode: "pubsub" where it is told of each write, "none" where it has to ask.
+    lag: from a write's mark to when it was told here.
+    """
+
+    mode: PushMode
+    lag: Histogram
 
 
 #: The stamp of a tag that is pending: later than any instant, so that no fill may have read it.
@@ -167,6 +183,9 @@ class Store(Protocol):
 
     def statistics(self) -> dict[str, int]:
         """Return what this process has of it and has counted, by name."""
+
+    def push(self) -> Push | None:
+        """Return how this process hears of what others write; None where nobody shares the store."""
 
     async def aclose(self) -> None:
         """Give connections back."""
@@ -361,6 +380,9 @@ class MemoryStore:
     def statistics(self) -> dict[str, int]:
         """Return what is kept."""
         return statistics_of(self._entries, self._stamps)
+
+    def push(self) -> None:
+        """Nobody else writes here."""
 
     async def aclose(self) -> None:
         """Nothing is open."""
