@@ -193,8 +193,8 @@ class Store(Protocol):
 
 #: Tags are tables, but also rows and calls that were written: beyond so many, all is forgotten.
 _MOST_STAMPS = 250_000
-#: Bytes an entry takes besides its text.
-_OVERHEAD = 1_000
+#: Bytes that an entry, each of its headers and each of its tags take besides their text.
+_OVERHEAD, _OF_A_HEADER, _OF_A_TAG = 800, 120, 100
 #: Where Linux says how many bytes a container may use (cgroup v2 and v1).
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -216,8 +216,9 @@ def bytes_of_process(max_bytes: int | None) -> int:
 def size_of(entry: Entry) -> int:
     """Return the bytes an entry takes in memory, about."""
     forms = (entry,) if entry.gzipped is None else (entry, entry.gzipped)
-    texts = (len(name) + len(value) for form in forms for name, value in form.headers)
-    return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
+    headers = sum(len(name) + len(value) + _OF_A_HEADER for form in forms for name, value in form.headers)
+    tags = sum(len(tag) + _OF_A_TAG for tag in entry.versions)
+    return sum(len(form.body) for form in forms) + headers + tags + _OVERHEAD
 
 
 def statistics_of(entries: Memory[Any], tags: Sized) -> dict[str, int]:
