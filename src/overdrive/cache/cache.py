@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
@@ -68,6 +69,11 @@ class Turn(NamedTuple):
     flight: Flight | None = None
     collapsed: bool = False
     is_off: bool = False
+
+
+def _check(ttl: float | None) -> None:
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < math.inf):
+        raise ConfigurationError(f"ttl= takes a positive number of seconds, not {ttl!r}")
 
 
 def _give_back(store: Store, key: str, token: str, landed: Landing) -> None:
@@ -218,8 +224,9 @@ class Cache:
 
         A tenant has values of its own, where the app has several: what one's request has read is not for another's.
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
-        msgspec cannot write or read, and for tags that are no names.
+        msgspec cannot write or read, a `ttl` that is not positive, and tags that are no names.
         """
+        _check(ttl)
         value: T = await self.values.get_or_set(key, load, type_=type, ttl=ttl, tags=tags_of(tags), shared=shared)
         return value
 
@@ -235,6 +242,7 @@ class Cache:
         ttl, tags, shared: see `get_or_set`. The arguments are plain data, and models or dataclasses of it: a call with
         any other raises `ConfigurationError`, as nothing tells it from the next.
         """
+        _check(ttl)
         own = tags_of(tags)
         return lambda function: self.values.memoize(function, ttl, own, shared=shared)
 

@@ -41,6 +41,9 @@ _lines = msgspec.msgpack.Decoder(tuple[list[str], int, str])
 #: What is told of a write: the clock and the names of the tags, and microseconds of Redis' clock.
 _messages = msgspec.msgpack.Decoder(tuple[list[str], int])
 
+#: Seconds for which an entry is kept at most, ten years: Redis refuses what it cannot add to its clock.
+_LONGEST = 10 * 365 * 86_400.0
+
 #: Seconds the counts are kept after they were last added to.
 _DAY = 86_400
 
@@ -271,7 +274,7 @@ class RedisStore:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
         name, data = f"{self._prefix}:entry:{key}", encode(entry)
         try:
-            await self._link().ask("SET", name, data, "PX", max(1, int(ttl * 1000)))
+            await self._link().ask("SET", name, data, "PX", max(1, int(min(ttl, _LONGEST) * 1000)))
         except StoreUnavailable as error:
             if code_of(str(error)) != "OOM":
                 raise
