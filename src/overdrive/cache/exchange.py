@@ -14,8 +14,8 @@ from .coding import accepts_gzip, gzipped, is_worth_it
 from .conditional import Header, held_tag, not_modified, with_etag
 from .entry import Entry, Form, Instant, State
 from .flight import Flight, Landed, Landing
-from .http import is_error
-from .policy import Policy, reason_not_to_store, with_vary
+from .http import combine, is_error, kept
+from .policy import Policy, is_whole, reason_not_to_store, with_vary
 from .shadow import differs
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Wishes(NamedTuple):
 
 #: What is said of a hit, by what the entry is worth.
 _DETAILS = {State.FRESH: "", State.EXPIRED: "; detail=stale", State.INVALIDATED: "; detail=outdated"}
+#: Bodies that the server fetches by itself (https://asgi.readthedocs.io/en/latest/extensions.html).
+_UNSEEN = ("http.response.pathsend", "http.response.zerocopysend")
 #: Errors that say of everybody's response that there is none any more.
 _GONE = (404, 410)
 
@@ -103,6 +105,7 @@ class Exchange:
         "_former",
         "_held",
         "_is_over",
+        "_keeping",
         "_mark",
         "_start",
         "_state",
@@ -164,6 +167,7 @@ class Exchange:
         self._held: bytes | None = None
         self._storing = False
         self._chunks: list[bytes] = []
+        self._keeping: asyncio.Task[None] | None = None
 
     async def look_up(self, found: Found | None = None) -> None:
         """Set `entry` to what answers this request, if there is such an entry.
@@ -200,6 +204,8 @@ class Exchange:
         """Note that the cache does not take part."""
         self._doubted = None
         self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
+        # What is made now is for nobody else.
+        self._end(Landed.ALONE)
 
     @property
     def is_bypassed(self) -> bool:
@@ -305,8 +311,10 @@ class Exchange:
                 if self._start is not None:
                     await self._begin(send, None if more else chunk)
                 await self._pass_on(message, chunk, more, send)
-            case _:
+            case kind:
                 if self._start is not None:
+                    if kind in _UNSEEN:
+                        self.bypass("file")
                     await self._begin(send, None)
                 await send(message)
 
@@ -342,7 +350,7 @@ class Exchange:
                 self._decide(status, own)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
-                self.headers = list(sent)
+                self.headers = kept(sent, combine(sent))
         if status == 200 and body is not None:
             self._held = held_tag(self.wishes.if_none_match, sent)
         if not self.policy.hide_status:
@@ -380,17 +388,20 @@ class Exchange:
         if self._storing:
             self._chunks.append(chunk)
         message = message if self._held is None else {**message, "body": b""}
-        if more or self.flight is None or not (self.flight.awaited or self.flight.lease):
+        if more or not (self._storing or self._superseded or self._doubted is not None):
             await send(message)
-            if not more:
-                await self._keep()
             return
-        # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
-        keeping = asyncio.get_running_loop().create_task(self._keep())
-        try:
+        awaited = self.flight is not None and (self.flight.awaited or self.flight.lease is not None)
+        if not awaited:
             await send(message)
+        self._keeping = asyncio.get_running_loop().create_task(self._keep())
+        try:
+            # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
+            if awaited:
+                await send(message)
         finally:
-            await keeping
+            # What streams is cancelled by Starlette as soon as its client has all of it.
+            await asyncio.shield(self._keeping)
 
     async def _keep(self) -> None:
         """Store the response, now that all of it is there, and share it with those who wait."""
@@ -401,7 +412,9 @@ class Exchange:
         body = b"".join(self._chunks)
         if doubted is not None and not await differs(self._cache, self, doubted, body if storing else None):
             return
-        if storing:
+        if storing and not is_whole(self.headers, body):
+            self._end(Landed.ALONE)
+        elif storing:
             headers = with_etag(self.headers, body)
             form: Form | None = None
             if self.policy.gzip and self.wishes.gzip and is_worth_it(headers, body):
@@ -414,7 +427,10 @@ class Exchange:
 
     def leave(self) -> None:
         """Let somebody else take over, if this request was to answer others and has not; count it."""
-        self._end(Landed.NOWHERE)
+        if self._keeping is None or self._keeping.done():
+            self._end(Landed.NOWHERE)
+        else:
+            self._keeping.add_done_callback(lambda _: self._end(Landed.NOWHERE))
         self.policy.trust.count(self._mark, self.why)
 
     def _end(self, landed: Landing) -> None:

@@ -80,6 +80,12 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
     return "size" if length > max_body else None
 
 
+def is_whole(headers: Iterable[Header], body: bytes) -> bool:
+    """Say whether a body is as long as its headers say, and did not break off (RFC 9110, section 8.6)."""
+    said = [value for name, value in headers if name.lower() == b"content-length"]
+    return said == [b"%d" % len(body)]
+
+
 def may_be_stale(headers: Iterable[Header]) -> bool:
     """Say whether a response lets itself be served when it has ended (RFC 9111, sections 4.2.4 and 5.2.2.10)."""
     return all(_PROHIBITING.isdisjoint(_names(value)) for name, value in headers if name.lower() == b"cache-control")
