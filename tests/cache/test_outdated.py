@@ -274,11 +274,14 @@ async def test_what_is_not_kept_any_more_is_not_served_on(service: Service) -> N
     assert (await service.get("/one")).json() == 3
 
 
-async def test_who_may_not_ask_takes_it_from_nobody(service: Service) -> None:
+@pytest.mark.parametrize("status", [206, 304, 401, 429, 500])
+async def test_what_is_said_to_one_client_takes_it_from_nobody(service: Service, status: int) -> None:
     route = Route(service)
 
-    async def refuse(_response: Response) -> None:
-        raise HTTPException(429)
+    async def refuse(response: Response) -> None:
+        response.status_code = status
+        if status >= 400:
+            raise HTTPException(status)
 
     await route.outdate()
     route.does = refuse

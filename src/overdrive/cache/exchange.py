@@ -15,7 +15,7 @@ from .conditional import Header, held_tag, not_modified, with_etag
 from .entry import Entry, Form, Instant, State
 from .flight import Flight, Landed, Landing
 from .http import combine, is_error, kept
-from .policy import Policy, is_whole, reason_not_to_store, with_vary
+from .policy import Policy, is_whole, reason_not_to_store, supersedes, with_vary
 from .shadow import differs
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ class Wishes(NamedTuple):
 _DETAILS = {State.FRESH: "", State.EXPIRED: "; detail=stale", State.INVALIDATED: "; detail=outdated"}
 #: Bodies that the server fetches by itself (https://asgi.readthedocs.io/en/latest/extensions.html).
 _UNSEEN = ("http.response.pathsend", "http.response.zerocopysend")
-#: Errors that say of everybody's response that there is none any more.
-_GONE = (404, 410)
 
 _NO_WISHES = Wishes()
 _TAKES_GZIP = Wishes(gzip=True)
@@ -371,7 +369,7 @@ class Exchange:
         else:
             # A parameter has one value, and why nothing is stored outlives why nothing was found.
             self._status = f"{self._status.partition('; detail=')[0]}; detail={reason}"
-            self._superseded = self._former is not None and (status < 400 or status in _GONE)
+            self._superseded = self._former is not None and supersedes(status)
             self._end(Landed.ALONE)
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:

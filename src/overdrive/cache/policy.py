@@ -80,6 +80,14 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
     return "size" if length > max_body else None
 
 
+def supersedes(status: int) -> bool:
+    """Say whether what is not kept is what there is by now, in place of what was.
+
+    A part of it, a 304 and an error are not; but that there is nothing any more is.
+    """
+    return status in (404, 410) or (status < 400 and status not in (206, 304))
+
+
 def is_whole(headers: Iterable[Header], body: bytes) -> bool:
     """Say whether a body is as long as its headers say, and did not break off (RFC 9110, section 8.6)."""
     said = [value for name, value in headers if name.lower() == b"content-length"]
