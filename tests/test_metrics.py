@@ -236,6 +236,37 @@ async def test_how_writes_are_heard_of(sqlite_url: str, redis_url: str) -> None:
     assert (points["overdrive.cache.push", "pubsub"], points["overdrive.cache.push_lag.count",]) == (1, 3)
 
 
+async def test_each_part_tells_its_numbers(postgres_url: str, redis_url: str, tmp_path: Path) -> None:
+    handler = LogHandler(tmp_path / "log")
+    try:
+        async with serving(postgres_url, redis_url=redis_url) as service:
+            for path in ("/names/1", "/names/1", "/pages"):
+                await service.get(path)
+            await eventually(lambda: heard(service.overdrive.cache.store)[0] == "pubsub")
+            told = {name for name, _ in await scrape(service.http)}
+    finally:
+        handler.close()
+    cache = (
+        "hits_total",
+        "misses_total",
+        "stored_bytes_total",
+        "memory_bytes",
+        "evictions_total",
+        "mismatches_total",
+        "tags",
+    )
+    pool = ("wait_time_seconds_bucket", "use_time_seconds_bucket", "pending_requests", "timeouts_total")
+    log = ("emitted_total", "written_total", "pending")
+    gates = ("limit", "inflight", "queued", "admitted_total", "refused_wait_total", "refused_full_total")
+    assert told >= {
+        *(f"overdrive_cache_{name}" for name in (*cache, "push", "push_lag_seconds_bucket")),
+        *(f"db_client_connection_{name}" for name in pool),
+        *(f"overdrive_log_{name}" for name in log),
+        *(f"overdrive_admission_{name}" for name in gates),
+        "overdrive_pages_total",
+    }
+
+
 async def test_alone_nobody_is_heard_of(sqlite_url: str) -> None:
     async with serving(sqlite_url) as service:
         assert modes(await scrape(service.http)) == {}

@@ -246,7 +246,8 @@ def cached(
         504 (RFC 5861, section 4).
     outdated: what a write has outdated is served in these two windows as well. They count from when it was made then,
         so that no answer is further behind the database than its window is long; and whoever has written may be
-        answered what was there before. What was dropped by hand, by `invalidate` or `clear`, is gone all the same.
+        answered what was there before. Dependencies run as on any hit, so who may see it is asked there and not in
+        the endpoint. What was dropped by hand, by `invalidate` or `clear`, is gone all the same.
     browser_ttl: whole seconds for which a browser need not ask again, whatever is written meanwhile; so may caches on
         the way, if the scope is "public". Left out, a browser asks each time, and is told if it has it already. An
         endpoint's own `Cache-Control` wins over both.
