@@ -392,13 +392,16 @@ class Exchange:
         awaited = self.flight is not None and (self.flight.awaited or self.flight.lease is not None)
         if not awaited:
             await send(message)
+            if len(self._chunks) == 1:
+                await self._keep()
+                return
+        # What streams is cancelled by Starlette as soon as its client has all of it.
         self._keeping = asyncio.get_running_loop().create_task(self._keep())
         try:
             # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
             if awaited:
                 await send(message)
         finally:
-            # What streams is cancelled by Starlette as soon as its client has all of it.
             await asyncio.shield(self._keeping)
 
     async def _keep(self) -> None:

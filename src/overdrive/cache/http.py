@@ -349,6 +349,8 @@ def stored(
 
 def kept(headers: Iterable[Header], response: Fields) -> list[Header]:
     """Return a response's headers without those that are not stored (RFC 9111, section 3.1)."""
+    if _NOT_STORED.isdisjoint(response):
+        return list(headers)
     left_out = _NOT_STORED.union(_names(response.get(b"connection")))
     return [(name, value) for name, value in headers if name.lower() not in left_out]
 
