@@ -257,8 +257,8 @@ def cached(
     verify: the share of hits, from 0 to 1, that are treated as in shadow while the mode is "on"; left out, the
         setting `cache.verify` decides.
 
-    A response that says `must-revalidate`, `proxy-revalidate` or `s-maxage` is served in no window (RFC 9111, section
-    4.2.4). What clients say in `Cache-Control` is not heeded:
+    A response that says `must-revalidate` or `proxy-revalidate` is served in no window (RFC 9111, section 4.2.4). What
+    clients say in `Cache-Control` is not heeded:
     who asks the database is not up to them. It marks the endpoint and returns it unchanged, so it may stand above or
     below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, for `outdated` without a
     window, and any other value that is none of these.

@@ -306,9 +306,10 @@ async def test_what_was_refused_does_not_come_back(service: Service) -> None:
     assert (await service.get("/one")).json() == 3
 
 
-async def test_a_response_may_forbid_it(service: Service) -> None:
+@pytest.mark.parametrize("control", ["max-age=5, must-revalidate", "Proxy-Revalidate"])
+async def test_a_response_may_forbid_it(service: Service, control: str) -> None:
     route = Route(service, stale_if_error=30)
-    route.does = lambda response: response.headers.update({"cache-control": "max-age=5, must-revalidate"})
+    route.does = lambda response: response.headers.update({"cache-control": control})
     assert (await service.get("/one")).json() == 1
     await service.write(add_one)
     assert (await service.get("/one")).json() == 2

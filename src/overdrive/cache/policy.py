@@ -10,7 +10,7 @@ from .key import KeyPlan
 from .trust import Trust
 
 _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
-_PROHIBITING = frozenset((b"must-revalidate", b"proxy-revalidate", b"s-maxage"))
+_PROHIBITING = frozenset((b"must-revalidate", b"proxy-revalidate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,10 @@ def is_whole(headers: Iterable[Header], body: bytes) -> bool:
 
 
 def may_be_stale(headers: Iterable[Header]) -> bool:
-    """Say whether a response lets itself be served when it has ended (RFC 9111, sections 4.2.4 and 5.2.2.10)."""
+    """Say whether a response lets itself be served when it has ended (RFC 9111, section 4.2.4).
+
+    What it says besides, `s-maxage` too, is for caches on the way: how long it is kept here is said by its route.
+    """
     return all(_PROHIBITING.isdisjoint(_names(value)) for name, value in headers if name.lower() == b"cache-control")
 
 
