@@ -22,9 +22,10 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
+from redis.asyncio import Redis
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import create_async_engine
-from support import Item, client, tables
+from support import Item, client, eventually, tables
 
 from overdrive import CursorPage, LogHandler, Overdrive, SessionDep, cached, paginate
 from overdrive.errors import ConfigurationError
@@ -197,6 +198,88 @@ async def test_of_redis_and_of_a_pool_that_is_not_ours(sqlite_url: str, redis_ur
     assert total(numbers, "overdrive_cache_entries") == 1
     assert total(numbers, "db_client_connection_count", db_client_connection_state="idle") == 1
     assert not total(numbers, "db_client_connection_max")
+
+
+async def test_how_writes_are_heard_of(sqlite_url: str, redis_url: str) -> None:
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    async with serving(sqlite_url, redis_url=redis_url) as service:
+        store = service.overdrive.cache.store
+        # Nobody has told it anything yet.
+        assert modes(await scrape(service.http)) == {"pubsub": 0, "none": 1}
+        await service.get("/names/1")
+        await eventually(lambda: heard(store)[0] == "pubsub")
+        for _ in range(2):
+            async with service.overdrive.session() as db:
+                db.add(Item(name="new"))
+        # A commit is told of when it is marked, and not again when it is settled; a clear is no write.
+        await service.overdrive.cache.clear()
+        await service.overdrive.cache.invalidate("others")
+        await eventually(lambda: heard(store)[1] == 3)
+        numbers = await scrape(service.http)
+        assert modes(numbers) == {"pubsub": 1, "none": 0}
+        assert total(numbers, "overdrive_cache_push_lag_seconds_count") == 3
+        assert total(numbers, "overdrive_cache_push_lag_seconds_sum") > 0
+        service.overdrive.instrument(provider)
+        data: Any = reader.get_metrics_data()
+        async with Redis.from_url(redis_url) as redis:
+            await redis.client_kill_filter(_type="pubsub", skipme=True)
+        await eventually(lambda: heard(store)[0] == "none")
+    provider.shutdown()
+    points = {
+        (each.name, *point.attributes.values()): point.value
+        for of in data.resource_metrics
+        for scope in of.scope_metrics
+        for each in scope.metrics
+        for point in each.data.data_points
+    }
+    assert (points["overdrive.cache.push", "pubsub"], points["overdrive.cache.push_lag.count",]) == (1, 3)
+
+
+async def test_each_part_tells_its_numbers(postgres_url: str, redis_url: str, tmp_path: Path) -> None:
+    handler = LogHandler(tmp_path / "log")
+    try:
+        async with serving(postgres_url, redis_url=redis_url) as service:
+            for path in ("/names/1", "/names/1", "/pages"):
+                await service.get(path)
+            await eventually(lambda: heard(service.overdrive.cache.store)[0] == "pubsub")
+            told = {name for name, _ in await scrape(service.http)}
+    finally:
+        handler.close()
+    cache = (
+        "hits_total",
+        "misses_total",
+        "stored_bytes_total",
+        "memory_bytes",
+        "evictions_total",
+        "mismatches_total",
+        "tags",
+    )
+    pool = ("wait_time_seconds_bucket", "use_time_seconds_bucket", "pending_requests", "timeouts_total")
+    log = ("emitted_total", "written_total", "pending")
+    gates = ("limit", "inflight", "queued", "admitted_total", "refused_wait_total", "refused_full_total")
+    assert told >= {
+        *(f"overdrive_cache_{name}" for name in (*cache, "push", "push_lag_seconds_bucket")),
+        *(f"db_client_connection_{name}" for name in pool),
+        *(f"overdrive_log_{name}" for name in log),
+        *(f"overdrive_admission_{name}" for name in gates),
+        "overdrive_pages_total",
+    }
+
+
+async def test_alone_nobody_is_heard_of(sqlite_url: str) -> None:
+    async with serving(sqlite_url) as service:
+        assert modes(await scrape(service.http)) == {}
+
+
+def modes(numbers: Numbers) -> dict[str, float]:
+    return {dict(labels)["mode"]: value for (name, labels), value in numbers.items() if name == "overdrive_cache_push"}
+
+
+def heard(store: Any) -> tuple[str, int]:
+    """How writes are heard of, and how many have been."""
+    mode, lag = store.push()
+    return mode, sum(lag.counts)
 
 
 # Places

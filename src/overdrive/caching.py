@@ -86,6 +86,7 @@ def cache_route(
         early=early,
         stale_while_revalidate=mark.stale_while_revalidate,
         stale_if_error=mark.stale_if_error,
+        outdated=mark.outdated,
         cache_control=_cache_control(mark, plan),
         vary=_vary(plan, gzip=settings.gzip, principal=bool(asking)),
         # A browser would take it off its own time.
@@ -306,7 +307,7 @@ def key_plan(site: Site, mark: Mark, ttl: float, database: str = "") -> KeyPlan 
         cookies |= set(_names(dependant.cookie_params))
     private = private or bool(cookies) or "authorization" in headers
     names = frozenset(parameters) if parameters is not None else None
-    fingerprint = _fingerprint(site, (ttl, mark.browser_ttl, mark.tags, mark.depends), database)
+    fingerprint = _fingerprint(site, (ttl, mark.browser_ttl, mark.tags, mark.depends, mark.outdated), database)
     return KeyPlan(fingerprint, tuple(sorted(headers)), tuple(sorted(cookies)), private, names, mark.body)
 
 

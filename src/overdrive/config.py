@@ -101,7 +101,7 @@ class CacheSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool | None = None
-    ttl: float = Field(60, gt=0)
+    ttl: float = Field(60, gt=0, allow_inf_nan=False)
     prefix: str = Field("overdrive", min_length=1)
     max_bytes: int | None = Field(None, ge=0)
     consistency: Literal["bounded", "strict"] = "bounded"

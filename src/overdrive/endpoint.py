@@ -206,6 +206,7 @@ def cached(
     body: bool = False,
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
+    outdated: bool = False,
     browser_ttl: float | timedelta = 0,
     mode: Mode | None = None,
     verify: float | None = None,
@@ -221,6 +222,7 @@ def cached(
     body: bool = False,
     stale_while_revalidate: float | timedelta = 0,
     stale_if_error: float | timedelta = 0,
+    outdated: bool = False,
     browser_ttl: float | timedelta = 0,
     mode: Mode | None = None,
     verify: float | None = None,
@@ -242,6 +244,10 @@ def cached(
         its scope, is closed by then.
     stale_if_error: seconds after its end in which a response stands in for an exception, or for a 500, 502, 503 or
         504 (RFC 5861, section 4).
+    outdated: what a write has outdated is served in these two windows as well. They count from when it was made then,
+        so that no answer is further behind the database than its window is long; and whoever has written may be
+        answered what was there before. Dependencies run as on any hit, so who may see it is asked there and not in
+        the endpoint. What was dropped by hand, by `invalidate` or `clear`, is gone all the same.
     browser_ttl: whole seconds for which a browser need not ask again, whatever is written meanwhile; so may caches on
         the way, if the scope is "public". Left out, a browser asks each time, and is told if it has it already. An
         endpoint's own `Cache-Control` wins over both.
@@ -251,10 +257,11 @@ def cached(
     verify: the share of hits, from 0 to 1, that are treated as in shadow while the mode is "on"; left out, the
         setting `cache.verify` decides.
 
-    What a write has outdated is served in none of these windows. What clients say in `Cache-Control` is not heeded:
+    A response that says `must-revalidate` or `proxy-revalidate` is served in no window (RFC 9111, section 4.2.4). What
+    clients say in `Cache-Control` is not heeded:
     who asks the database is not up to them. It marks the endpoint and returns it unchanged, so it may stand above or
-    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, and any other value
-    that is none of these.
+    below the route's decorator. Raises `ConfigurationError` for a `ttl` that is not positive, for `outdated` without a
+    window, and any other value that is none of these.
     """
     seconds = None if ttl is None else _seconds("ttl", ttl)
     if scope not in (None, "public"):
@@ -271,14 +278,21 @@ def cached(
         raise ConfigurationError(f"@cached(browser_ttl=...) takes whole seconds, not {browser_ttl!r}")
     if not isinstance(body, bool):
         raise ConfigurationError(f"@cached(body=...) takes True or False, not {body!r}")
+    windows = _seconds("stale_while_revalidate", stale_while_revalidate), _seconds("stale_if_error", stale_if_error)
+    if not isinstance(outdated, bool) or (outdated and not any(windows)):
+        raise ConfigurationError(
+            "@cached(outdated=...) takes True or False, and says of windows that they hold for what was written, too: "
+            "give it stale_while_revalidate= or stale_if_error="
+        )
     told = Mark(
         ttl=seconds,
         public=scope == "public",
         tags=tuple(tags_of(tags)),
         depends=tuple(tags_of(depends)),
         body=body,
-        stale_while_revalidate=_seconds("stale_while_revalidate", stale_while_revalidate),
-        stale_if_error=_seconds("stale_if_error", stale_if_error),
+        stale_while_revalidate=windows[0],
+        stale_if_error=windows[1],
+        outdated=outdated,
         browser_ttl=int(browser_seconds),
         mode=mode,
         verify=verify,
@@ -316,6 +330,7 @@ class Mark:
     body: bool = False
     stale_while_revalidate: float = 0
     stale_if_error: float = 0
+    outdated: bool = False
     browser_ttl: int = 0
     mode: Mode | None = None
     verify: float | None = None

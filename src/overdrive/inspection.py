@@ -14,10 +14,11 @@ from fastapi.routing import APIWebSocketRoute
 from starlette.routing import compile_path
 
 from .app import Overdrive
-from .cache.entry import Instant
+from .cache.entry import Entry, Instant, State
 from .cache.exchange import Exchange
 from .cache.history import outdated_by
 from .cache.key import KeyPlan
+from .cache.policy import may_be_stale
 from .cache.store import PENDING, MemoryStore, StoreUnavailable
 from .cache.trust import hits, is_off, requests
 from .caching import identities, key_plan
@@ -152,9 +153,11 @@ def verdict(site: Site, mark: Mark, plan: KeyPlan | str) -> str:
     """Say whose a cached route's responses are, or why they are not kept."""
     if isinstance(plan, str):
         return f"not cached: {plan}"
+    # Whoever reads this ought to know that it is not always what the database has.
+    behind = f"; up to {max(mark.stale_while_revalidate, mark.stale_if_error):g} s outdated" if mark.outdated else ""
     if mark.public:
-        return "public: the same for everybody"
-    return f"private: per {', '.join(identities(site, mark))}" if plan.private else "cached"
+        return f"public: the same for everybody{behind}"
+    return f"private: per {', '.join(identities(site, mark))}{behind}" if plan.private else f"cached{behind}"
 
 
 def _inputs(site: Site, mark: Mark, plan: KeyPlan, overdrive: Overdrive) -> list[str]:
@@ -335,7 +338,7 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
     if entry.epoch != instant.epoch:
         worth = "not valid: the cache was cleared, or Redis emptied"
     elif written:
-        worth = f"not valid: {', '.join(written)} was written since"
+        worth = f"not valid: {', '.join(written)} was written since{_yet(exchange, entry, instant, versions, now)}"
         history = await cache.store.history()
         for tag in written:
             since = Instant(entry.epoch, entry.versions[tag])
@@ -354,6 +357,20 @@ async def _entry(exchange: Exchange, overdrive: Overdrive) -> dict[str, Any]:
             for tag, then in sorted(entry.versions.items())
         },
     }
+
+
+def _yet(exchange: Exchange, entry: Entry, instant: Instant, versions: Mapping[str, int], now: float) -> str:
+    """Say for how long an entry is of use yet that a write has outdated."""
+    policy = exchange.policy
+    if not (entry.may_be_outdated(instant.epoch, versions) and may_be_stale(entry.headers)):
+        return ""
+    age = now - entry.fresh_until(State.INVALIDATED)
+    windows = {
+        "while it is made anew": policy.stale_while_revalidate,
+        "in place of an error": policy.stale_if_error,
+    }
+    left = [f"{window - age:.0f} s {when}" for when, window in windows.items() if age < window]
+    return f", and served for {' and '.join(left)}" if left else ""
 
 
 def _now(version: int | None) -> int | str | None:

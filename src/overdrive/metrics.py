@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from multiprocessing import current_process, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.pool import QueuePool
 
+from .cache.store import PushMode
 from .errors import ConfigurationError
 from .instrumentation.numbers import BOUNDS, Histogram
 from .log.handler import LogHandler
@@ -90,6 +91,8 @@ METRICS = {
     "overdrive.cache.evictions": Metric("counter", "{entry}", "Entries in the process that made room for others."),
     "overdrive.cache.tags": Metric("gauge", "{tag}", "Tags whose last write is remembered in the process."),
     "overdrive.cache.suspended": Metric("gauge", "{process}", "Caches left alone until a write can be announced."),
+    "overdrive.cache.push": Metric("gauge", "{process}", "Processes, by how they hear of what others write."),
+    "overdrive.cache.push_lag": Metric("histogram", "s", "Time from a write's mark to when a process is told of it."),
     "overdrive.cache.redis.trips": Metric("counter", "{command}", "Commands sent to Redis."),
     "overdrive.cache.redis.answered": Metric("counter", "{lookup}", "Look-ups that Redis has answered."),
     "overdrive.cache.redis.unreadable": Metric("counter", "{entry}", "Entries damaged, or another release's."),
@@ -165,6 +168,10 @@ def of_cache(cache: Cache) -> Iterator[Reading]:
             yield Reading(f"overdrive.cache.{called}", own, counts[name])
     for name, count in cache.store.statistics().items():
         yield Reading(f"overdrive.cache.{name}", {}, count)
+    if (push := cache.store.push()) is not None:
+        for mode in get_args(PushMode):
+            yield Reading("overdrive.cache.push", {"mode": mode}, int(push.mode == mode))
+        yield Reading("overdrive.cache.push_lag", {}, push.lag)
     yield Reading("overdrive.cache.suspended", {}, int(cache.invalidator.is_behind))
 
 

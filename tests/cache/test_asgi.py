@@ -372,6 +372,20 @@ async def test_a_304_that_forbids_storing_is_the_last() -> None:
     assert (cached.count, "if-none-match" in cached.origin.asked[2][1]) == (3, False)
 
 
+@pytest.mark.parametrize("request_", ["", 'If-None-Match: "1"'])
+async def test_a_cookie_that_comes_with_a_304_is_its_clients_alone(request_: str) -> None:
+    cached = Cached(
+        Answer('Cache-Control: max-age=60\nETag: "1"'),
+        Answer('Cache-Control: max-age=60\nETag: "1"\nSet-Cookie: a=1\nSet-Cookie: b=2', status=304, chunks=(b"",)),
+    )
+    await cached.ask()
+    cached.clock.tick(60)
+    validated = await cached.ask(request_)
+    assert validated.headers.get_list("set-cookie") == ["a=1", "b=2"]
+    assert (await cached.ask()).headers.get_list("set-cookie") == []
+    assert cached.count == 2
+
+
 async def test_clients_are_answered_304_by_tags_made_here() -> None:
     cached = Cached(Answer(FRESH))
     tag = (await cached.ask()).headers["etag"]

@@ -241,11 +241,17 @@ async def test_the_address_of_a_page_is_all_of_its_key(service: Service) -> None
 def test_shortcuts_are_bounded() -> None:
     shortcuts: Shortcuts[int] = Shortcuts()
 
-    def scope(query: bytes) -> dict[str, Any]:
-        return {"headers": [(b"host", b"h")], "path": "/", "query_string": query}
+    def scope(query: bytes, path: str = "/", **headers: bytes) -> dict[str, Any]:
+        pairs = [(b"host", b"h"), *((name.encode(), value) for name, value in headers.items())]
+        return {"headers": pairs, "path": path, "query_string": query}
 
-    shortcuts.add(scope(b"x" * 2_000), None, (), 1)
-    assert shortcuts.find(scope(b"x" * 2_000), None) is None
+    long = b"x" * 5_000
+    for each in (scope(long), scope(b"", long.decode()), scope(b"", told=long)):
+        shortcuts.add(each, None, ["told"], 1)
+        assert shortcuts.find(each, None) is None
+    shortcuts.add(scope(b"", other=long), None, ["told"], 1)
+    assert shortcuts.find(scope(b"", other=long), None) == 1
+    shortcuts = Shortcuts()
     for number in range(Shortcuts._MOST + 1):
         shortcuts.add(scope(b"%d" % number), None, (), number)
     assert shortcuts.find(scope(b"%d" % Shortcuts._MOST), None) == Shortcuts._MOST

@@ -71,8 +71,14 @@ async def test_what_may_have_been_committed_is_announced(
 @pytest.mark.parametrize(
     ("tags", "bumped"),
     [
-        (("items",), {ITEMS, "default/items#"}),
-        (("reports/items", "*"), {"reports/items", "reports/items#", "default/*", "default/*#"}),
+        (("items",), {ITEMS, "default/items#", "dropped/default/items"}),
+        (
+            ("reports/items", "*"),
+            {
+                *("reports/items", "reports/items#", "dropped/reports/items"),
+                *("default/*", "default/*#", "dropped/default/*"),
+            },
+        ),
     ],
 )
 async def test_invalidate_names_tables(cache: Cache, store: Faulty, tags: tuple[str, ...], bumped: set[str]) -> None:
@@ -101,8 +107,8 @@ async def test_writes_that_wait_are_announced_together_and_once(cache: Cache, st
     await ask(cache)
     await cache.invalidate("last")
     assert store.bumps == [
-        {ITEMS, "default/others", "default/others#"},
-        {"default/last", "default/last#"},
+        {ITEMS, "default/others", "default/others#", "dropped/default/others"},
+        {"default/last", "default/last#", "dropped/default/last"},
     ]
 
 

@@ -11,17 +11,20 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cache.exchanges import ask
 from cache.service import Service, serve
+from hypothesis import given
+from hypothesis import strategies as st
 from redis import Redis
 from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 from support import Item, eventually
 
 from overdrive.cache.cache import Cache
-from overdrive.cache.member import _is_gone
+from overdrive.cache.member import Member, _is_gone
 from overdrive.cache.redis import RedisStore
 from overdrive.demo import servers
 
@@ -325,3 +328,20 @@ async def test_strict_keeps_nothing_near(sqlite_url: str, redis_url: str) -> Non
 
             assert await one.write(rename) == 200
             assert (await other.get()).json() == [f"name {number}"]
+
+
+@given(*[st.floats(0, 1e6)] * 5, st.integers(0, 2**41))
+def test_nothing_is_said_to_have_been_heard_sooner_than_it_was(
+    sent: float, way: float, back: float, written: float, heard: float, origin: int
+) -> None:
+    """Redis' clock is ahead of ours by `origin`, and was read on the way of a question."""
+    member = Member(("", "", "", ""), never, ())
+    member.learn(sent, sent + way + back, origin + (sent + way) * 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("overdrive.cache.member.time.monotonic", lambda: written + heard)
+        lag = member.since(origin + written * 1000)
+    assert lag == pytest.approx(heard + way, abs=1e-2)
+
+
+def never() -> Any:
+    raise AssertionError("nothing is asked")

@@ -20,8 +20,7 @@ from hashlib import blake2b
 
 from .entry import Entry, Instant
 from .store import Found, MemoryStore
-from .tags import TENANT
-from .values import CALL
+from .tags import CALL, TENANT
 
 logger = logging.getLogger("overdrive")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -111,17 +111,20 @@ class CacheMiddleware:
         *,
         said: bytes | None = None,
         asked: Fields | None = None,
+        own: Iterable[Header] = (),
     ) -> None:
         """Send a stored response.
 
         said: its Cache-Status, if it is not a hit.
         asked: the request, if it may ask for less than all of it.
+        own: headers that are this client's alone.
         """
         status, headers, body = found.status, found.hit(now), found.body
         if said or self.hide_status:
             headers.pop()
         if said and not self.hide_status:
             headers.append((b"cache-status", said))
+        headers += own
         if asked is not None:
             status, headers, body = http.selected(asked, found, headers)
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -485,9 +488,9 @@ class _Fill:
         self.settle()
         return is_kept
 
-    async def _validated(self, found: Stored, headers: list[Header]) -> None:
+    async def _validated(self, found: Stored, received: list[Header]) -> None:
         """Answer with a stored response that is still right (RFC 9111, section 4.3.3)."""
-        updated = http.freshened(found, headers)
+        updated = http.freshened(found, received)
         if updated is None:
             self._phase = _Phase.MISTAKEN
             return
@@ -504,7 +507,8 @@ class _Fill:
             response = response.with_body(found.body)
             is_kept = self._is_kept(response)
         said = http.status_of_forward(self._reason, status=304, stored=is_kept)
-        await self._answer(response, said)
+        # What the app tells this client about itself is not to be lost with the 304, nor to be stored.
+        await self._answer(response, said, [pair for pair in received if pair[0].lower() == b"set-cookie"])
 
     async def _stand_in(self, found: Stored, status: int) -> None:
         """Answer with a stale response in place of an error (RFC 5861, section 4)."""
@@ -512,9 +516,9 @@ class _Fill:
         self.settle()
         await self._answer(found, http.status_of_forward(self._reason, status=status))
 
-    async def _answer(self, response: Stored, said: bytes) -> None:
+    async def _answer(self, response: Stored, said: bytes, own: Iterable[Header] = ()) -> None:
         cache = self._cache
-        await cache._answer(response, cache.clock(), "GET", self._send, said=said, asked=self._fields)
+        await cache._answer(response, cache.clock(), "GET", self._send, said=said, asked=self._fields, own=own)
 
 
 def _with_headers(scope: Scope, preconditions: list[Header]) -> Scope:

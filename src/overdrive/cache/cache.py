@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
@@ -20,9 +22,10 @@ from .conditional import Header
 from .entry import FORMAT, Entry, Form, Instant, State
 from .flight import Flight, Flights, Landed, Landing, patience
 from .invalidation import Invalidator
+from .policy import may_be_stale
 from .refresh import Refreshes
 from .store import NOBODY_WAITS, Claim, Found, Store, StoreUnavailable
-from .tags import tag_of_tenant, tags_of
+from .tags import dropped, tag_of_tenant, tags_of
 from .trust import EVERYTHING, Ledger, is_known, is_off, template_of
 from .values import Values, is_memoized, key_of_call, key_of_memoized, tag_of_call
 
@@ -53,7 +56,7 @@ class Turn(NamedTuple):
     instant: the clock before anything the caller may read.
     state: what the entry that was found is worth; None where there was none.
     entry: what answers; None where the caller is to make it.
-    expired: the entry that would answer, if it were not past its time to live.
+    former: the entry that would have answered, and may yet, in the windows of its route.
     flight: whom the caller makes it for, too; what it brings ends it.
     collapsed: whether the entry was made meanwhile, for another request.
     is_off: whether the cache is not to take part.
@@ -62,10 +65,15 @@ class Turn(NamedTuple):
     instant: Instant
     state: State | None
     entry: Entry | None
-    expired: Entry | None = None
+    former: Entry | None = None
     flight: Flight | None = None
     collapsed: bool = False
     is_off: bool = False
+
+
+def _check(ttl: float | None) -> None:
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl < math.inf):
+        raise ConfigurationError(f"ttl= takes a positive number of seconds, not {ttl!r}")
 
 
 def _give_back(store: Store, key: str, token: str, landed: Landing) -> None:
@@ -178,7 +186,8 @@ class Cache:
         function, arguments: an endpoint and its path parameters, or a function that `memoize` has wrapped and its
             arguments: what was kept of that call, and of one in 65,536 others.
 
-        What is dropped is dropped for all tenants. Raises `ConfigurationError` for tags that are no names.
+        What is dropped is gone, for all tenants, and answers nobody in any window. Raises `ConfigurationError` for tags
+        that are no names.
         """
         if what and callable(what[0]):
             function = inspect.unwrap(what[0])
@@ -190,7 +199,8 @@ class Cache:
         else:
             named = tags_of(what)
             # What read rows of a table by their keys does not depend on all of it.
-            await self.invalidator.announce([*named, *(tag + OF_ROWS for tag in named)], "invalidate()")
+            rows = [tag + OF_ROWS for tag in named]
+            await self.invalidator.announce([*named, *rows, *dropped(named)], "invalidate()")
 
     async def get_or_set(
         self,
@@ -214,8 +224,9 @@ class Cache:
 
         A tenant has values of its own, where the app has several: what one's request has read is not for another's.
         A request that has written loads anew. Raises what `load` raises, and `ConfigurationError` for a value that
-        msgspec cannot write or read, and for tags that are no names.
+        msgspec cannot write or read, a `ttl` that is not positive, and tags that are no names.
         """
+        _check(ttl)
         value: T = await self.values.get_or_set(key, load, type_=type, ttl=ttl, tags=tags_of(tags), shared=shared)
         return value
 
@@ -231,6 +242,7 @@ class Cache:
         ttl, tags, shared: see `get_or_set`. The arguments are plain data, and models or dataclasses of it: a call with
         any other raises `ConfigurationError`, as nothing tells it from the next.
         """
+        _check(ttl)
         own = tags_of(tags)
         return lambda function: self.values.memoize(function, ttl, own, shared=shared)
 
@@ -307,7 +319,7 @@ class Cache:
     ) -> Turn:
         """Return what answers, or whose turn it is to make it; all who ask at once get it from one execution.
 
-        stale: seconds after its end in which an entry that nothing has outdated answers, too.
+        stale: seconds after its end in which an entry answers, too.
         route: what may have been switched off.
         alone: do not wait for others, nor have them wait.
         found: what the store has answered already.
@@ -327,7 +339,8 @@ class Cache:
                 return Turn(turn.instant, None, None, is_off=True)
             if alone or turn.entry is not None:
                 return turn
-            if turn.expired is not None and turn.expired.is_fresh(self.clock(), stale):
+            former, state = turn.former, turn.state
+            if former is not None and state is not None and former.answers(self.clock(), stale, state):
                 return turn
             until = until or patience()
             flight, leads = self.flights.join((key, fingerprint), turn.instant)
@@ -350,10 +363,13 @@ class Cache:
 
     def _judged(self, found: Found) -> Turn:
         entry, instant, versions = found
-        state = None if entry is None else entry.state(self.clock(), instant.epoch, versions)
-        if state is State.EXPIRED:
-            return Turn(instant, state, None, expired=entry)
-        return Turn(instant, state, entry if state is State.FRESH else None)
+        if entry is None:
+            return Turn(instant, None, None)
+        state = entry.state(self.clock(), instant.epoch, versions)
+        if state is State.FRESH:
+            return Turn(instant, state, entry)
+        may_answer = state is State.EXPIRED or entry.may_be_outdated(instant.epoch, versions)
+        return Turn(instant, state, None, former=entry if may_answer and may_be_stale(entry.headers) else None)
 
     async def _take_off(self, flight: Flight, turn: Turn, key: str, fingerprint: str, until: float) -> Turn:
         """Let the caller make the entry, unless another process does."""
@@ -397,14 +413,14 @@ class Cache:
 
         form: its body as gzip, if it was made.
         """
-        instant, policy = exchange.instant, exchange.policy
+        instant, policy, tags = exchange.instant, exchange.policy, exchange.context.reads.tags
         if instant is None:
             return Landed.ALONE
         landing, stored = await self.keep(
             exchange.key,
             policy.plan.fingerprint,
             instant,
-            exchange.context.reads.tags,
+            tags | dropped(tags) if policy.outdated else tags,
             policy.ttl,
             headers=headers,
             body=body,
@@ -414,6 +430,11 @@ class Cache:
         )
         policy.trust.stored(len(body) if stored else None)
         return landing
+
+    async def supersede(self, key: str) -> None:
+        """Forget what was kept, now that there is another response in its place, which is not kept."""
+        with suppress(StoreUnavailable):
+            await self.store.discard(key)
 
     async def keep(
         self,

@@ -133,6 +133,7 @@ class Cluster:
     """
 
     near: Near | None = None
+    is_told = False
 
     def __init__(self, store: ClusterStore, loop: asyncio.AbstractEventLoop, seed: Node) -> None:
         self._store = store

@@ -43,10 +43,12 @@ def accepts_gzip(accept_encoding: bytes) -> bool:
 
 
 def is_worth_it(headers: Sequence[Header], body: bytes) -> bool:
-    """Say whether a body is long, text, and not encoded yet."""
+    """Say whether a body is long, text, not encoded yet, and may be (RFC 9111, section 5.2.2.6)."""
     fields = {name.lower(): value for name, value in headers}
     media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    return len(body) >= _LEAST and b"content-encoding" not in fields and _TEXT.fullmatch(media_type) is not None
+    is_text = _TEXT.fullmatch(media_type) is not None
+    may_be = b"content-encoding" not in fields and b"no-transform" not in fields.get(b"cache-control", b"").lower()
+    return len(body) >= _LEAST and may_be and is_text
 
 
 async def gzipped(headers: Sequence[Header], body: bytes) -> Form | None:

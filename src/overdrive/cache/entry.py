@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from .conditional import Header
+from .tags import CALL, DROPPED, TENANT
 
 #: The first element of the written form; another number is another release's, and a miss.
 FORMAT = 2
@@ -20,7 +21,7 @@ class State(Enum):
     FRESH = "fresh"
     #: Past its time to live, with nothing it read written since.
     EXPIRED = "expired"
-    #: Something it read was written, or nobody can tell any more: never to be served.
+    #: Something it read was written, or nobody can tell any more: not to be served unless its route says so.
     INVALIDATED = "invalidated"
 
 
@@ -68,13 +69,34 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
             return State.INVALIDATED
         return State.FRESH if self.is_fresh(now) else State.EXPIRED
 
-    def is_fresh(self, now: float, stale: float = 0) -> bool:
-        """Say whether it is within its time to live, or past it for less than `stale` seconds."""
-        return now - self.created - self.ttl < stale
+    def is_fresh(self, now: float) -> bool:
+        """Say whether it is within its time to live."""
+        return now - self.created < self.ttl
+
+    def fresh_until(self, state: State) -> float:
+        """Return when it has ended, or will.
+
+        What a write has outdated may have been so ever since it was made: nobody remembers when that was.
+        """
+        return self.created if state is State.INVALIDATED else self.created + self.ttl
+
+    def answers(self, now: float, window: float, state: State) -> bool:
+        """Say whether it has ended less than `window` seconds ago."""
+        # A clock may be set back.
+        return max(0, now - self.fresh_until(state)) < window
 
     def is_outdated(self, epoch: str, versions: Mapping[str, int]) -> bool:
         """Say whether something it read was written, by the epoch and versions of its tags as they are now."""
         return epoch != self.epoch or any(versions.get(tag) != seen for tag, seen in self.versions.items())
+
+    def may_be_outdated(self, epoch: str, versions: Mapping[str, int]) -> bool:
+        """Say whether it may answer though what it read was written: its route says so, and nobody has dropped it.
+
+        Entries of such routes have tags that no write names, of all that `invalidate` could have dropped them by.
+        """
+        by_hand = [tag for tag in self.versions if tag.startswith((DROPPED, CALL, TENANT))]
+        is_allowed = any(tag.startswith(DROPPED) for tag in by_hand)
+        return is_allowed and epoch == self.epoch and all(versions.get(tag) == self.versions[tag] for tag in by_hand)
 
 
 _encoder = msgspec.msgpack.Encoder()

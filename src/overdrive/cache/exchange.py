@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,10 +12,10 @@ from overdrive.context import RequestContext
 
 from .coding import accepts_gzip, gzipped, is_worth_it
 from .conditional import Header, held_tag, not_modified, with_etag
-from .entry import Entry, Form, Instant
+from .entry import Entry, Form, Instant, State
 from .flight import Flight, Landed, Landing
-from .http import is_error
-from .policy import Policy, reason_not_to_store, with_vary
+from .http import combine, is_error, kept
+from .policy import Policy, is_whole, reason_not_to_store, supersedes, with_vary
 from .shadow import differs
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Wishes(NamedTuple):
     if_none_match: bytes = b""
     gzip: bool = False
 
+
+#: What is said of a hit, by what the entry is worth.
+_DETAILS = {State.FRESH: "", State.EXPIRED: "; detail=stale", State.INVALIDATED: "; detail=outdated"}
+#: Bodies that the server fetches by itself (https://asgi.readthedocs.io/en/latest/extensions.html).
+_UNSEEN = ("http.response.pathsend", "http.response.zerocopysend")
 
 _NO_WISHES = Wishes()
 _TAKES_GZIP = Wishes(gzip=True)
@@ -94,12 +100,16 @@ class Exchange:
         "_chunks",
         "_doubted",
         "_fallback",
+        "_former",
         "_held",
         "_is_over",
+        "_keeping",
         "_mark",
         "_start",
+        "_state",
         "_status",
         "_storing",
+        "_superseded",
         "body",
         "context",
         "entry",
@@ -144,13 +154,18 @@ class Exchange:
         self._doubted: Entry | None = None
         self._start: Message | None = None
         self._begun = False
-        #: What stands in for an error, and whether it does.
+        #: What was found, and what it is worth, if it may answer yet; what of it stands in for an error, and whether
+        #: it does; and whether this response is to be in its place, which is not kept.
+        self._former: Entry | None = None
+        self._state = State.FRESH
         self._fallback: Entry | None = None
         self._is_over = False
+        self._superseded = False
         #: The tag under which the client has the response already.
         self._held: bytes | None = None
         self._storing = False
         self._chunks: list[bytes] = []
+        self._keeping: asyncio.Task[None] | None = None
 
     async def look_up(self, found: Found | None = None) -> None:
         """Set `entry` to what answers this request, if there is such an entry.
@@ -176,7 +191,7 @@ class Exchange:
             self.bypass("off")
         elif turn.entry is not None:
             self.hit(turn.entry, now, collapsed=turn.collapsed)
-        elif turn.expired is not None and self._expired(turn.expired, now):
+        elif turn.former is not None and turn.state is not None and self._stale(turn.former, turn.state, now):
             return
         elif turn.state is None:
             self.miss("uri-miss")
@@ -187,6 +202,8 @@ class Exchange:
         """Note that the cache does not take part."""
         self._doubted = None
         self._mark, self.why, self._status = "bypass", why, f"fwd=bypass; detail={why}"
+        # What is made now is for nobody else.
+        self._end(Landed.ALONE)
 
     @property
     def is_bypassed(self) -> bool:
@@ -200,7 +217,8 @@ class Exchange:
 
     def hit(self, entry: Entry, now: float, *, collapsed: bool = False) -> None:
         """Note that the cache had the answer, or got it meanwhile for another request."""
-        if not collapsed and (why := self.policy.trust.doubts()):
+        # That what was written since is another response is known.
+        if not collapsed and self._state is not State.INVALIDATED and (why := self.policy.trust.doubts()):
             self.bypass(why)
             self._doubted, self.is_stale = entry, False
             return
@@ -209,8 +227,10 @@ class Exchange:
             self._status = "fwd=uri-miss; collapsed"
         else:
             # Below zero it says how long it has been stale (RFC 9211, section 2.4).
-            left = (entry.created + entry.ttl - now) // 1
-            self._status = f"hit; ttl={left:.0f}" + "; detail=stale" * self.is_stale
+            self._status = f"hit; ttl={self._left(entry, now)}{_DETAILS[self._state]}"
+
+    def _left(self, entry: Entry, now: float) -> int:
+        return math.floor(entry.fresh_until(self._state) - now)
 
     @property
     def stale(self) -> float:
@@ -219,11 +239,12 @@ class Exchange:
             return 0
         return self.policy.stale_while_revalidate
 
-    def _expired(self, entry: Entry, now: float) -> bool:
-        """Take an entry that has expired, if it answers yet, and say whether; or have it ready for an error."""
-        if entry.is_fresh(now, self.policy.stale_if_error):
+    def _stale(self, entry: Entry, state: State, now: float) -> bool:
+        """Take an entry that is stale, if it answers yet, and say whether; or have it ready for an error."""
+        self._former, self._state = entry, state
+        if self.policy.trust.mode != "shadow" and entry.answers(now, self.policy.stale_if_error, state):
             self._fallback = entry
-        answers = self.is_stale = entry.is_fresh(now, self.stale)
+        answers = self.is_stale = entry.answers(now, self.stale, state)
         if answers:
             self.hit(entry, now)
         return answers
@@ -244,12 +265,12 @@ class Exchange:
 
     @property
     def may_stand_in(self) -> bool:
-        """Say whether there is an expired entry that answers in place of an error."""
+        """Say whether there is a stale entry that answers in place of an error."""
         # Whoever refreshes has nobody to answer, and must know.
         return not (self._fallback is None or self._begun or self.context.wrote or self.context.refreshing)
 
     async def stand_in(self, status: int, error: Exception | None, send: Send) -> bool:
-        """Answer with an expired entry in place of an error, if there is one for it, and say whether.
+        """Answer with a stale entry in place of an error, if there is one for it, and say whether.
 
         error: what was raised, if the status was not answered but is what becomes of that.
         """
@@ -259,11 +280,13 @@ class Exchange:
         assert self._fallback is not None
         self.entry, self._mark, self._is_over = self._fallback, "hit", True
         if context.refused is not None:
-            left = (self._fallback.created + self._fallback.ttl - self._cache.clock()) // 1
-            self._status, self.is_stale = f"hit; ttl={left:.0f}; detail=overloaded", True
+            left = self._left(self._fallback, self._cache.clock())
+            self._status, self.is_stale = f"hit; ttl={left}; detail=overloaded", True
         else:
             what = "raised" if error is not None else f"answered {status}"
-            logger.error("%s %s, and an expired response stands in for it", self.policy.route, what, exc_info=error)
+            ended = "outdated" if self._state is State.INVALIDATED else "expired"
+            said = "%s %s, and an %s response stands in for it"
+            logger.error(said, self.policy.route, what, ended, exc_info=error)
             self._status = f"fwd=stale; fwd-status={status}; detail=stale-if-error"
         self._end(self._fallback)
         context.cache_status = self._mark
@@ -286,8 +309,10 @@ class Exchange:
                 if self._start is not None:
                     await self._begin(send, None if more else chunk)
                 await self._pass_on(message, chunk, more, send)
-            case _:
+            case kind:
                 if self._start is not None:
+                    if kind in _UNSEEN:
+                        self.bypass("file")
                     await self._begin(send, None)
                 await send(message)
 
@@ -323,7 +348,7 @@ class Exchange:
                 self._decide(status, own)
                 if status == 200 and body is not None:
                     sent = with_etag(sent, body)
-                self.headers = list(sent)
+                self.headers = kept(sent, combine(sent))
         if status == 200 and body is not None:
             self._held = held_tag(self.wishes.if_none_match, sent)
         if not self.policy.hide_status:
@@ -344,8 +369,7 @@ class Exchange:
         else:
             # A parameter has one value, and why nothing is stored outlives why nothing was found.
             self._status = f"{self._status.partition('; detail=')[0]}; detail={reason}"
-        self._storing = reason is None
-        if not self._storing:
+            self._superseded = self._former is not None and supersedes(status)
             self._end(Landed.ALONE)
 
     def _reason_not_to_store(self, status: int, headers: list[Header]) -> str | None:
@@ -362,26 +386,36 @@ class Exchange:
         if self._storing:
             self._chunks.append(chunk)
         message = message if self._held is None else {**message, "body": b""}
-        if more or self.flight is None or not (self.flight.awaited or self.flight.lease):
+        if more or not (self._storing or self._superseded or self._doubted is not None):
             await send(message)
-            if not more:
-                await self._keep()
             return
-        # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
-        keeping = asyncio.get_running_loop().create_task(self._keep())
-        try:
+        awaited = self.flight is not None and (self.flight.awaited or self.flight.lease is not None)
+        if not awaited:
             await send(message)
+            if len(self._chunks) == 1:
+                await self._keep()
+                return
+        # What streams is cancelled by Starlette as soon as its client has all of it.
+        self._keeping = asyncio.get_running_loop().create_task(self._keep())
+        try:
+            # A client that is slow to take its answer keeps nobody else waiting, here or in another process.
+            if awaited:
+                await send(message)
         finally:
-            await keeping
+            await asyncio.shield(self._keeping)
 
     async def _keep(self) -> None:
         """Store the response, now that all of it is there, and share it with those who wait."""
         storing, self._storing = self._storing, False
         doubted, self._doubted = self._doubted, None
+        if self._superseded:
+            await self._cache.supersede(self.key)
         body = b"".join(self._chunks)
         if doubted is not None and not await differs(self._cache, self, doubted, body if storing else None):
             return
-        if storing:
+        if storing and not is_whole(self.headers, body):
+            self._end(Landed.ALONE)
+        elif storing:
             headers = with_etag(self.headers, body)
             form: Form | None = None
             if self.policy.gzip and self.wishes.gzip and is_worth_it(headers, body):
@@ -394,7 +428,10 @@ class Exchange:
 
     def leave(self) -> None:
         """Let somebody else take over, if this request was to answer others and has not; count it."""
-        self._end(Landed.NOWHERE)
+        if self._keeping is None or self._keeping.done():
+            self._end(Landed.NOWHERE)
+        else:
+            self._keeping.add_done_callback(lambda _: self._end(Landed.NOWHERE))
         self.policy.trust.count(self._mark, self.why)
 
     def _end(self, landed: Landing) -> None:

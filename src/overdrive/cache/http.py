@@ -330,7 +330,7 @@ def stored(
     vary = tuple((name, normalised(name, request)) for name in sorted(set(_names(response.get(b"vary")))))
     return Stored(
         status=status,
-        headers=_kept(headers, response),
+        headers=kept(headers, response),
         body=b"",
         etag=etag,
         last_modified=last_modified,
@@ -347,7 +347,10 @@ def stored(
     )
 
 
-def _kept(headers: Iterable[Header], response: Fields) -> list[Header]:
+def kept(headers: Iterable[Header], response: Fields) -> list[Header]:
+    """Return a response's headers without those that are not stored (RFC 9111, section 3.1)."""
+    if _NOT_STORED.isdisjoint(response):
+        return list(headers)
     left_out = _NOT_STORED.union(_names(response.get(b"connection")))
     return [(name, value) for name, value in headers if name.lower() not in left_out]
 
@@ -491,7 +494,7 @@ def freshened(response: Stored, headers: Iterable[Header]) -> list[Header] | Non
     fields = combine(headers)
     if not _is_of(response, fields):
         return None
-    updating = [(name, value) for name, value in _kept(headers, fields) if name.lower() != b"content-length"]
+    updating = [(name, value) for name, value in kept(headers, fields) if name.lower() != b"content-length"]
     # A 304 without a date is of the time it came.
     replaced = {name.lower() for name, _ in updating} | {b"date"}
     if response.etag is None:

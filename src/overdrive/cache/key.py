@@ -98,7 +98,8 @@ class Shortcuts(Generic[V]):
     """
 
     _MOST = 10_000
-    _LONGEST_QUERY = 1_000
+    #: Characters of what tells one request from others.
+    _LONGEST = 4_000
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[frozenset[bytes], dict[tuple[Any, ...], V]]] = {}
@@ -116,14 +117,15 @@ class Shortcuts(Generic[V]):
 
     def add(self, scope: Mapping[str, Any], tenant: str | None, headers: Collection[str], value: V) -> None:
         """Remember what was found out by a request's address and these of its headers, by their names."""
-        if len(scope["query_string"]) > self._LONGEST_QUERY:
+        address = _address(scope, tenant)
+        names, _ = self._known.get(address, (frozenset(name.encode("latin-1") for name in headers), None))
+        pairs = _pairs(scope, names)
+        if sum(map(len, (*address[1:], *(text for _, text in pairs)))) > self._LONGEST:
             return
         if self._count >= self._MOST:
             self._known.clear()
             self._count = 0
-        names = frozenset(name.encode("latin-1") for name in headers)
-        names, values = self._known.setdefault(_address(scope, tenant), (names, {}))
-        values[_pairs(scope, names)] = value
+        self._known.setdefault(address, (names, {}))[1][pairs] = value
         self._count += 1
 
 

@@ -61,9 +61,14 @@ class Route(Protocol):
     """From one event loop to Redis: to one server, or to several that share the keys.
 
     near: what is kept in this process besides, where anything is.
+    is_told: whether Redis tells of every write.
     """
 
     near: Near | None
+
+    @property
+    def is_told(self) -> bool:
+        """Say whether Redis tells of every write."""
 
     async def read(self, names: Collection[str]) -> Answer:
         """Return the clock and what lies under `names`."""
@@ -214,6 +219,11 @@ class Link:
         for reader in waiting:
             reader.set_exception(StoreUnavailable(_CUT_OFF))
 
+    @property
+    def is_told(self) -> bool:
+        """Say whether Redis tells of every write."""
+        return self._listens and self._connection is not None
+
     def told(self, kind: bytes, payload: Any) -> None:
         """Take what Redis tells unasked."""
         if kind == b"subscribe":
@@ -333,7 +343,7 @@ class Link:
         member = self._store.member()
         sent = time.monotonic()
         _, (seconds, microseconds) = await connection.demand(self._store.compare_history(), ("TIME",))
-        member.learn(sent, time.monotonic(), int(seconds) * 1000 + int(microseconds) // 1000)
+        member.learn(sent, time.monotonic(), int(seconds) * 1000 + int(microseconds) / 1000)
         if (renewal := member.renewal()) is not None:
             try:
                 (reply,) = await connection.demand(renewal)

@@ -48,7 +48,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 # KEYS: members, trust, clock, a channel.  ARGV: a member, the end of its lease, whether it is one already, an epoch
 # should there be need of one, milliseconds of absence and of concern, then members that are gone.
-# Returns the milliseconds, whether it is a member, how many there are, and who has not renewed a lease that ends soon.
+# Returns the microseconds, whether it is a member, how many there are, and who has not renewed a lease that ends soon.
 # The end of the lease is named by who asks, so that what arrives late prolongs nothing.
 _RENEW = f"""{_NOW}
 local anew = ARGV[3] == '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1])
@@ -59,7 +59,7 @@ anew = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now
 if anew then
     local clock = ARGV[4] .. ' 0'
     redis.call('SET', KEYS[3], clock)
-    redis.pcall('PUBLISH', KEYS[4], cmsgpack.pack({{clock}}))
+    redis.pcall('PUBLISH', KEYS[4], cmsgpack.pack({{{{clock}}, 0}}))
 end
 if tonumber(ARGV[2]) > now then
     redis.call('ZADD', KEYS[1], 'GT', ARGV[2], ARGV[1])
@@ -68,7 +68,7 @@ end
 local soon = string.format('%.0f', now + ARGV[6])
 local late = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', soon, 'LIMIT', 0, 16)
 local is_member = redis.call('ZSCORE', KEYS[1], ARGV[1]) and 1 or 0
-return {{now, is_member, redis.call('ZCARD', KEYS[1]), unpack(late)}}
+return {{time[1] * 1000000 + time[2], is_member, redis.call('ZCARD', KEYS[1]), unpack(late)}}
 """
 
 # KEYS: members, trust.  ARGV: a member.
@@ -98,7 +98,7 @@ class _Sample(NamedTuple):
 
     sent: float
     received: float
-    then: int
+    then: float
 
 
 class Member:
@@ -135,7 +135,7 @@ class Member:
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
-    def learn(self, sent: float, received: float, then: int) -> None:
+    def learn(self, sent: float, received: float, then: float) -> None:
         """Take note of what Redis' clock said in an answer; then: in milliseconds."""
         self._sample = _Sample(sent, received, then)
 
@@ -143,6 +143,11 @@ class Member:
         """Return until when it is certain, on our clock, that one of Redis' clock has not passed."""
         sample = self._sample
         return float("-inf") if sample is None else sample.sent + (deadline - sample.then) / 1000
+
+    def since(self, then: float) -> float:
+        """Return the seconds since a moment of Redis' clock at most, in milliseconds: less by what an answer takes."""
+        sample = self._sample
+        return 0.0 if sample is None else time.monotonic() - sample.sent + (sample.then - then) / 1000
 
     def renewal(self) -> Command | None:
         """Return the command that prolongs the lease; None while it is to run out."""
@@ -158,12 +163,12 @@ class Member:
         is_member, gone = int(self._is_member), self._gone
         return ("EVAL", _RENEW, 4, *self._names, self.id, end, is_member, secrets.token_hex(8), *times, *gone)
 
-    def renewed(self, reply: list[Any]) -> int:
-        """Take the reply to the renewal, and return what Redis' clock said."""
+    def renewed(self, reply: list[Any]) -> float:
+        """Take the reply to the renewal, and return what Redis' clock said, in milliseconds."""
         now, is_member, self.count, *late = reply
         self._is_member = bool(is_member)
         self._gone = [member for member in late if _is_gone(member)]
-        return int(now)
+        return int(now) / 1000
 
     def withdraw(self) -> float:
         """Let the lease run out, and return the seconds until it has."""
@@ -220,7 +225,7 @@ class Member:
         connection.send_command("TIME")
         seconds, microseconds = connection.read_response()
         # Another Redis may have another clock.
-        self.learn(sent, time.monotonic(), int(seconds) * 1000 + int(microseconds) // 1000)
+        self.learn(sent, time.monotonic(), int(seconds) * 1000 + int(microseconds) / 1000)
         return connection
 
     def _renew(self, connection: Connection, command: Command) -> None:

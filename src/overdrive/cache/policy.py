@@ -10,6 +10,7 @@ from .key import KeyPlan
 from .trust import Trust
 
 _FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
+_PROHIBITING = frozenset((b"must-revalidate", b"proxy-revalidate"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Policy:
         route's dependencies are resolved.
     stale_while_revalidate: seconds after its end in which an entry is served while it is made anew (RFC 5861).
     stale_if_error: seconds after its end in which an entry stands in for an error (RFC 5861).
+    outdated: whether both hold for what a write has outdated, too.
     cache_control: what is said of it to clients, where the endpoint says nothing.
     vary: names of the request headers that tell its responses apart.
     tells_age: whether hits say how old they are.
@@ -39,6 +41,7 @@ class Policy:
     early: bool = False
     stale_while_revalidate: float = 0
     stale_if_error: float = 0
+    outdated: bool = False
     cache_control: bytes = b"no-cache"
     vary: tuple[bytes, ...] = ()
     tells_age: bool = True
@@ -75,6 +78,28 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
     if length is None:
         return "stream"
     return "size" if length > max_body else None
+
+
+def supersedes(status: int) -> bool:
+    """Say whether what is not kept is what there is by now, in place of what was.
+
+    A part of it, a 304 and an error are not; but that there is nothing any more is.
+    """
+    return status in (404, 410) or (status < 400 and status not in (206, 304))
+
+
+def is_whole(headers: Iterable[Header], body: bytes) -> bool:
+    """Say whether a body is as long as its headers say, and did not break off (RFC 9110, section 8.6)."""
+    said = [value for name, value in headers if name.lower() == b"content-length"]
+    return said == [b"%d" % len(body)]
+
+
+def may_be_stale(headers: Iterable[Header]) -> bool:
+    """Say whether a response lets itself be served when it has ended (RFC 9111, section 4.2.4).
+
+    What it says besides, `s-maxage` too, is for caches on the way: how long it is kept here is said by its route.
+    """
+    return all(_PROHIBITING.isdisjoint(_names(value)) for name, value in headers if name.lower() == b"cache-control")
 
 
 def with_vary(headers: list[Header], names: Iterable[bytes]) -> list[Header]:

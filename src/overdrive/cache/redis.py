@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from overdrive.errors import ConfigurationError
+from overdrive.instrumentation.numbers import Histogram
 
 from . import connection as wire
 from .connection import Address, RedisError, ReplyError, blocking_connection, code_of, without_secrets
@@ -29,13 +30,19 @@ from .link import IS_CLUSTER, LEASE, REDIRECTIONS, Answer, Link, Route, instant_
 from .member import Connection, Member
 from .near import Near
 from .scripts import ADD, CLEAR, HISTORY, RELEASE, SAME_HISTORY, STAMP, SWITCH, VERSIONS, Script
-from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, StoreUnavailable
+from .store import LONGEST_COMMIT, NOBODY_WAITS, PENDING, Claim, Found, Mark, Push, StoreUnavailable
 
 #: Keys whose entries' tags are remembered, to be asked for together with the entry.
 _REMEMBERED = 10_000
 
 #: What is remembered of a write: the clock and the names of the tags, milliseconds of Redis' clock, and who wrote.
 _lines = msgspec.msgpack.Decoder(tuple[list[str], int, str])
+
+#: What is told of a write: the clock and the names of the tags, and microseconds of Redis' clock.
+_messages = msgspec.msgpack.Decoder(tuple[list[str], int])
+
+#: Seconds for which an entry is kept at most, ten years: Redis refuses what it cannot add to its clock.
+_LONGEST = 10 * 365 * 86_400.0
 
 #: Seconds the counts are kept after they were last added to.
 _DAY = 86_400
@@ -88,6 +95,7 @@ class RedisStore:
         self.refused_fills = 0
         #: How often Redis was found to be away, and answers with which nothing was to be served.
         self.opened = 0
+        self._push_lag = Histogram()
         self.suspended = 0
         self._member: Member | None = None
 
@@ -266,7 +274,7 @@ class RedisStore:
         """Keep an entry for `ttl` seconds, if Redis has memory for it."""
         name, data = f"{self._prefix}:entry:{key}", encode(entry)
         try:
-            await self._link().ask("SET", name, data, "PX", max(1, int(ttl * 1000)))
+            await self._link().ask("SET", name, data, "PX", max(1, int(min(ttl, _LONGEST) * 1000)))
         except StoreUnavailable as error:
             if code_of(str(error)) != "OOM":
                 raise
@@ -275,6 +283,10 @@ class RedisStore:
             self._remember(key, entry.versions)
             if (near := self._link().near) is not None:
                 near.drop(key)
+
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
+        await self._link().ask("DEL", f"{self._prefix}:entry:{key}")
 
     async def bump(self, tags: Collection[str], writer: str = "") -> None:
         """Move the clock, and stamp `tags` with it."""
@@ -358,6 +370,11 @@ class RedisStore:
             "redis.opened": self.opened,
         } | {name: sum(each[name] for each in near) for name in (near[0] if near else ())}
 
+    def push(self) -> Push:
+        """Return how this process hears of what others write."""
+        is_told = any(route.is_told for route in self._routes.values())
+        return Push("pubsub" if is_told else "none", self._push_lag)
+
     async def aclose(self) -> None:
         """Close this loop's connections."""
         route = self._routes.pop(asyncio.get_running_loop(), None)
@@ -421,8 +438,10 @@ class RedisStore:
 
     def heard(self, near: Near, payload: bytes) -> None:
         """Take note of a write that Redis tells of."""
-        clock, *names = msgspec.msgpack.decode(payload, type=list[str])
+        (clock, *names), microseconds = _messages.decode(payload)
         near.hear(instant_of(clock.encode()), self._tags_in(names))
+        if names:
+            self._push_lag.note(self.member().since(microseconds / 1000))
 
     def _tags_in(self, names: Iterable[str]) -> list[str]:
         return [name.removeprefix(f"{self._together}:tag:") for name in names]

@@ -27,6 +27,7 @@ local epoch, now = string.match(clock, '(%S+) (%d+)')
 _TAGS = f"""{_CLOCK}
 local time = redis.call('TIME')
 local milliseconds = time[1] * 1000 + math.floor(time[2] / 1000)
+local microseconds = time[1] * 1000000 + time[2]
 
 local function marks_of(value, settled)
     local open, over = '', false
@@ -48,7 +49,7 @@ end
 
 -- Where the user may use no channels, nobody can listen to one either.
 local function tell(told)
-    redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack(told))
+    redis.pcall('PUBLISH', KEYS[#KEYS], cmsgpack.pack({{told, microseconds}}))
 end
 """
 
@@ -129,7 +130,7 @@ if redis.call('GET', KEYS[2]) ~= history then
     local clock = ARGV[1] .. ' 0'
     redis.call('SET', KEYS[1], clock)
     redis.call('SET', KEYS[2], history)
-    redis.pcall('PUBLISH', KEYS[3], cmsgpack.pack({clock}))
+    redis.pcall('PUBLISH', KEYS[3], cmsgpack.pack({{clock}, 0}))
 end
 """
 
@@ -137,7 +138,7 @@ end
 CLEAR = """
 local clock = ARGV[1] .. ' 0'
 redis.call('SET', KEYS[1], clock)
-redis.pcall('PUBLISH', KEYS[2], cmsgpack.pack({clock}))
+redis.pcall('PUBLISH', KEYS[2], cmsgpack.pack({{clock}, 0}))
 """
 
 # KEYS: leases...  ARGV: milliseconds, the token of each.

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from overdrive.instrumentation.numbers import Histogram
 
 from .entry import Entry, Instant
 from .history import Written
@@ -65,6 +67,20 @@ class Mark(NamedTuple):
     writer: str
 
 
+PushMode: TypeAlias = Literal["pubsub", "none"]
+
+
+class Push(NamedTuple):
+    """How a process hears of what others write.
+
+    mode: "pubsub" where it is told of each write, "none" where it has to ask.
+    lag: from a write's mark to when it was told here.
+    """
+
+    mode: PushMode
+    lag: Histogram
+
+
 #: The stamp of a tag that is pending: later than any instant, so that no fill may have read it.
 PENDING = 1 << 62
 
@@ -104,6 +120,9 @@ class Store(Protocol):
 
     async def save(self, key: str, entry: Entry, ttl: float) -> None:
         """Keep an entry for `ttl` seconds at least."""
+
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
 
     async def claim(self, key: str, fingerprint: str, token: str) -> Claim | None:
         """Take the lease of a key if it is free, and look the entry up after that.
@@ -165,14 +184,17 @@ class Store(Protocol):
     def statistics(self) -> dict[str, int]:
         """Return what this process has of it and has counted, by name."""
 
+    def push(self) -> Push | None:
+        """Return how this process hears of what others write; None where nobody shares the store."""
+
     async def aclose(self) -> None:
         """Give connections back."""
 
 
 #: Tags are tables, but also rows and calls that were written: beyond so many, all is forgotten.
 _MOST_STAMPS = 250_000
-#: Bytes an entry takes besides its text.
-_OVERHEAD = 1_000
+#: Bytes that an entry, each of its headers and each of its tags take besides their text.
+_OVERHEAD, _OF_A_HEADER, _OF_A_TAG = 800, 120, 100
 #: Where Linux says how many bytes a container may use (cgroup v2 and v1).
 _LIMITS = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -194,8 +216,9 @@ def bytes_of_process(max_bytes: int | None) -> int:
 def size_of(entry: Entry) -> int:
     """Return the bytes an entry takes in memory, about."""
     forms = (entry,) if entry.gzipped is None else (entry, entry.gzipped)
-    texts = (len(name) + len(value) for form in forms for name, value in form.headers)
-    return sum(len(form.body) for form in forms) + sum(texts) + sum(map(len, entry.versions)) + _OVERHEAD
+    headers = sum(len(name) + len(value) + _OF_A_HEADER for form in forms for name, value in form.headers)
+    tags = sum(len(tag) + _OF_A_TAG for tag in entry.versions)
+    return sum(len(form.body) for form in forms) + headers + tags + _OVERHEAD
 
 
 def statistics_of(entries: Memory[Any], tags: Sized) -> dict[str, int]:
@@ -276,6 +299,10 @@ class MemoryStore:
         # As if it had been looked at before all writes.
         self._entries.put(key, _Held(entry, None), size_of(entry))
 
+    async def discard(self, key: str) -> None:
+        """Keep what lies under the key no longer."""
+        self._entries.pop(key)
+
     async def claim(self, key: str, fingerprint: str, token: str) -> None:
         """No other process makes entries here."""
 
@@ -354,6 +381,9 @@ class MemoryStore:
     def statistics(self) -> dict[str, int]:
         """Return what is kept."""
         return statistics_of(self._entries, self._stamps)
+
+    def push(self) -> None:
+        """Nobody else writes here."""
 
     async def aclose(self) -> None:
         """Nothing is open."""

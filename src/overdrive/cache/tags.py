@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from overdrive.context import OF_ROWS
 from overdrive.errors import ConfigurationError
 
-#: What the tags of tenants begin with.
+#: What the tags of tenants begin with, and those of calls: no commit ever names one of these.
 TENANT = "tenant/"
+CALL = "call/"
+#: What the tags begin with that tell what is dropped by hand from what is written: no commit names them either.
+DROPPED = "dropped/"
 
 
 def tags_of(names: Iterable[str]) -> list[str]:
@@ -37,3 +41,8 @@ def tag_of_tenant(tenant: str) -> str:
     A store remembers every tag, and tenants may be named by clients, so there is one for each 65,536th part of them.
     """
     return TENANT + blake2b(str(tenant).encode(), digest_size=2).hexdigest()
+
+
+def dropped(tags: Iterable[str]) -> set[str]:
+    """Return the tags that are stamped where these are dropped by hand, and are not where they are written."""
+    return {DROPPED + tag.partition(OF_ROWS)[0] for tag in tags if not tag.startswith((TENANT, CALL))}

@@ -21,7 +21,7 @@ from overdrive.errors import ConfigurationError
 from .entry import Instant
 from .flight import Flight, Landed, Landing
 from .store import StoreUnavailable
-from .tags import TENANT, tag_of_tenant
+from .tags import CALL, TENANT, tag_of_tenant
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -95,8 +95,6 @@ def _digest(parts: Any) -> str:
 
 
 _MEMOIZED = "__overdrive_memoized__"
-#: What the tags of calls begin with.
-CALL = "call/"
 
 
 def is_memoized(function: Callable[..., Any]) -> bool:
