@@ -8,17 +8,20 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
+from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.util import await_only
 
 from overdrive.errors import SessionEndedError
 
 from . import direct
 from .engine import capacity_of
+from .entity import KEY, entity_of, make
 from .observe import has_begun, returns_without_waiting
 from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
@@ -27,6 +30,9 @@ logger = logging.getLogger("overdrive")
 
 #: Says whether a response with this status keeps what its request wrote.
 CommitOn = Callable[[int], bool]
+
+#: Types of keys of which each stands for one row, whatever becomes of it on the way.
+_KEYS = (int, str, UUID)
 
 _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
@@ -46,7 +52,8 @@ class Sessions:
     def __init__(self, maker: async_sessionmaker[AsyncSession]) -> None:
         base = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
         # A class of its own, so that nobody else's sessions are listened to.
-        self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), {})}
+        members = {"get": _get} if base.get is Session.get else {}
+        self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), members)}
         self._maker = maker
         event.listen(self._options["sync_session_class"], "after_transaction_create", _refuse_after_end)
         event.listen(self._options["sync_session_class"], "after_begin", _note_connection)
@@ -146,6 +153,35 @@ class SyncSessions:
         with self.open() as session:
             yield session
             session.commit()
+
+
+def _get(session: Session, class_: Any, ident: Any, **options: Any) -> Any:
+    """Do what `Session.get` does; where that is fetching a row and nothing else, past the ORM's loading."""
+    # With an empty dictionary for an option, a lock is asked for.
+    is_plain = type(ident) in _KEYS and options.get("with_for_update") in (None, False) and not any(options.values())
+    if is_plain and (entity := entity_of(class_)) is not None and _takes_rows(session, class_):
+        engine = session.get_bind(class_)
+        plain = direct.of(engine, entity.statement) if isinstance(engine, Engine) else None
+        if plain is not None:
+            assert isinstance(engine, Engine)
+            rows = await_only(direct.send(engine, plain, {KEY: ident}))
+            # What is no key to the database may give more.
+            if len(rows) < 2:
+                return make(entity, class_, rows[0], session) if rows else None
+    return Session.get(session, class_, ident, **options)
+
+
+def _takes_rows(session: Session, class_: type) -> bool:
+    """Say whether nobody would learn that the session had sent a statement for an entity, and has got it."""
+    heard = session.dispatch
+    return (
+        _is_untouched(session)
+        and adds_nothing(session, class_)
+        and not heard.before_attach
+        and not heard.after_attach
+        and not heard.detached_to_persistent
+        and not heard.loaded_as_persistent
+    )
 
 
 def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None:
@@ -298,7 +334,7 @@ async def send(session: AsyncSession, statement: Executable, parameters: Mapping
     if columns:
         assert isinstance(statement, Select)
         engine = session.sync_session.get_bind(clause=statement)
-        if isinstance(engine, Engine) and _is_untouched(session):
+        if isinstance(engine, Engine) and _is_untouched(session.sync_session):
             plain = direct.of(engine, statement)
             if plain is not None:
                 return await direct.send(engine, plain, parameters)
@@ -328,14 +364,13 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
     return hasattr(type(session).execute, "__deprecated__")
 
 
-def _is_untouched(session: AsyncSession) -> bool:
+def _is_untouched(session: Session) -> bool:
     """Say whether a session has not begun yet, and nobody but us would learn that it had."""
-    sync_session = session.sync_session
-    heard = sync_session.dispatch
+    heard = session.dispatch
     return (
-        not sync_session.in_transaction()
-        and sync_session.autobegin
-        and _ENDED not in sync_session.info
+        not session.in_transaction()
+        and session.autobegin
+        and _ENDED not in session.info
         and _are_ours(heard.after_begin, _note_connection)
         and _are_ours(heard.after_transaction_create, _refuse_after_end)
         and not heard.before_commit
