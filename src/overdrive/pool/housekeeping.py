@@ -25,7 +25,10 @@ class Housekeeper:
         self.is_running = False
 
     def call_at(self, at: float, method: Callable[[], None]) -> None:
-        """Call `method` at `at`, by `time.monotonic`, and no more when it was to be called; not if its object is gone."""
+        """Call `method` at `at`, by `time.monotonic`.
+
+        Of several such times it is the last one said that counts; and whose object is gone is not called.
+        """
         with self._changed:
             self._due[WeakMethod(method)] = at
             if self.is_running:
