@@ -270,6 +270,14 @@ async def gotten(session: AsyncSession, class_: Any = Thing, key: Any = 1, **opt
     return made
 
 
+@pytest.mark.parametrize("key", [(1,), {"id": 1}, True])
+async def test_keys_in_other_shapes_are_the_orms_business(engine: AsyncEngine, sent: list[str], key: Any) -> None:
+    assert seen_of(await gotten(Sessions.of(engine).open(), key=key)) == seen_of(
+        await gotten(AsyncSession(engine), key=key)
+    )
+    assert not sent
+
+
 @pytest.mark.parametrize("kind", WITH_MORE)
 async def test_entities_that_are_more_than_a_row_are_loaded(engine: AsyncEngine, sent: list[str], kind: str) -> None:
     loaded = await gotten(AsyncSession(engine), WITH_MORE[kind])
@@ -277,9 +285,20 @@ async def test_entities_that_are_more_than_a_row_are_loaded(engine: AsyncEngine,
     assert not sent
 
 
+async def test_so_is_what_is_a_key_to_the_mapper_alone(engine: AsyncEngine, database: Engine, sent: list[str]) -> None:
+    class_ = variant("Loose", __mapper_args__={"primary_key": [TABLE.c.owner_code]})
+    with database.begin() as connection:
+        connection.execute(insert(TABLE), {**ROW, "id": 2})
+    made = await gotten(Sessions.of(engine).open(), class_, "ann")
+    assert seen_of(made) == seen_of(await gotten(AsyncSession(engine), class_, "ann"))
+    assert len(sent) == 1
+
+
 async def test_so_are_those_with_children_and_with_keys_of_two_columns(engine: AsyncEngine, sent: list[str]) -> None:
     assert type(await gotten(Sessions.of(engine).open(), Parent)) is Child
     assert (await gotten(Sessions.of(engine).open(), Pair, (1, 2))).right == 2
+    with pytest.raises(exc.InvalidRequestError, match="Incorrect number of values"):
+        await gotten(Sessions.of(engine).open(), Pair, 1)
     assert not sent
 
 

@@ -569,7 +569,9 @@ def is_served_anew(engine: Engine) -> bool:
 
 # Python 3.12 and later warn of the parent's threads, which the child does without.
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_process_has_connections_of_its_own(threaded: Engine) -> None:
+def test_a_forked_process_has_connections_of_its_own(threaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A tick comes before anybody has waited for too long.
+    monkeypatch.setattr("overdrive.pool.pool._TICK", 0.05)
     assert one_in_thread(threaded) == 1
     child = os.fork()
     if not child:

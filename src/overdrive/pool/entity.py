@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Column, Select, Table, bindparam, inspect, select
+from sqlalchemy import Select, Table, bindparam, inspect, select
 from sqlalchemy.orm import (
     ColumnProperty,
     Mapper,
@@ -77,8 +77,7 @@ def _entity(mapper: Mapper[Any]) -> Entity | None:
 
 def _is_plain(attribute: MapperProperty[Any], table: Table) -> bool:
     if isinstance(attribute, ColumnProperty):
-        column, *others = attribute.columns
-        return not others and not attribute.deferred and isinstance(column, Column) and column.table is table
+        return not attribute.deferred and bool(table.c.contains_column(attribute.columns[0]))
     if isinstance(attribute, RelationshipProperty):
         return attribute.lazy in _LATER
     return isinstance(attribute, SynonymProperty)

@@ -36,6 +36,8 @@ _KEYS = (int, str, UUID)
 
 _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
+#: Where a class of sessions keeps who listens to all of them.
+_HEARD = "overdrive_heard"
 
 
 def successful(status: int) -> bool:
@@ -52,11 +54,12 @@ class Sessions:
     def __init__(self, maker: async_sessionmaker[AsyncSession]) -> None:
         base = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
         # A class of its own, so that nobody else's sessions are listened to.
-        members = {"get": _get} if base.get is Session.get else {}
-        self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), members)}
+        own: Any = type(base.__name__, (base,), {"get": _get} if base.get is Session.get else {})
+        self._options: dict[str, Any] = {"sync_session_class": own}
         self._maker = maker
-        event.listen(self._options["sync_session_class"], "after_transaction_create", _refuse_after_end)
-        event.listen(self._options["sync_session_class"], "after_begin", _note_connection)
+        event.listen(own, "after_transaction_create", _refuse_after_end)
+        event.listen(own, "after_begin", _note_connection)
+        setattr(own, _HEARD, own.__new__(own).dispatch)
 
     @classmethod
     def of(cls, engine: AsyncEngine, session_class: type[AsyncSession] = AsyncSession) -> Sessions:
@@ -173,7 +176,7 @@ def _get(session: Session, class_: Any, ident: Any, **options: Any) -> Any:
 
 def _takes_rows(session: Session, class_: type) -> bool:
     """Say whether nobody would learn that the session had sent a statement for an entity, and has got it."""
-    heard = session.dispatch
+    heard = _heard(session)
     return (
         _is_untouched(session)
         and adds_nothing(session, class_)
@@ -204,8 +207,8 @@ def _ends_without_waiting(session: Session) -> bool:
         not session.new
         and not session.dirty
         and not session.deleted
-        and not session.dispatch.before_commit
-        and not session.dispatch.after_commit
+        and not _heard(session).before_commit
+        and not _heard(session).after_commit
         and all(map(_returns_without_waiting, session.info.get(_CONNECTIONS, ())))
     )
 
@@ -366,7 +369,7 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
 
 def _is_untouched(session: Session) -> bool:
     """Say whether a session has not begun yet, and nobody but us would learn that it had."""
-    heard = session.dispatch
+    heard = _heard(session)
     return (
         not session.in_transaction()
         and session.autobegin
@@ -379,6 +382,13 @@ def _is_untouched(session: Session) -> bool:
         and not heard.after_soft_rollback
         and not heard.after_transaction_end
     )
+
+
+def _heard(session: Session) -> Any:
+    """Return who listens to a session. It has no list of its own until it is asked for one, which is dear."""
+    if "dispatch" in vars(session):
+        return session.dispatch
+    return getattr(type(session), _HEARD, None) or session.dispatch
 
 
 def _are_ours(listeners: Iterable[Any], ours: Callable[..., None]) -> bool:
@@ -404,7 +414,7 @@ def _is_plain(session: Session) -> bool:
     return (
         kind.get_bind is Session.get_bind
         and (kind.execute is Session.execute or inspect.unwrap(kind.execute) is Session.execute)
-        and not session.dispatch.do_orm_execute
+        and not _heard(session).do_orm_execute
         and not getattr(session, "execution_options", None)
         and not session.new
         and not session.deleted
@@ -417,7 +427,7 @@ def sees_what_all_see(session: Session, engine: Engine) -> bool:
     It may give something else where somebody has a say in what is sent, and once a transaction has begun: that may have
     written, may be above READ COMMITTED, or may have set what row-level security goes by.
     """
-    heard = session.dispatch
+    heard = _heard(session)
     return (
         direct.is_ours_alone(engine)
         and _is_plain(session)
