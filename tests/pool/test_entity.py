@@ -46,7 +46,7 @@ from overdrive.errors import SessionEndedError
 from overdrive.instrumentation.events import StatementEvent
 from overdrive.pool import direct
 from overdrive.pool.observe import observe
-from overdrive.pool.session import AsyncWork, Sessions
+from overdrive.pool.session import AsyncWork, Sessions, send
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +128,8 @@ def variant(name: str, **attributes: Any) -> type:
 
 
 TABLE = Thing.__table__
+
+WITHOUT_MORE = variant("Plain")
 WITH_MORE: dict[str, type] = {
     "deferred": variant("Deferred", price=deferred(TABLE.c.price)),
     "expression": variant("Expression", length=column_property(func.length(TABLE.c.label))),
@@ -239,6 +241,26 @@ async def test_it_lives_on_as_any_other(engine: AsyncEngine, sent: list[str]) ->
         with pytest.raises(exc.NoResultFound):
             await session.get_one(Thing, 1)
     assert len(sent) == 4
+
+
+async def test_one_follows_another_until_the_session_has_a_connection(engine: AsyncEngine, sent: list[str]) -> None:
+    async with Sessions.of(engine)() as session:
+        thing = await session.get_one(Thing, 1)
+        owner = await session.get_one(Owner, thing.owner_code)
+        assert (len(sent), owner.code) == (2, "ANN")
+        async with session.begin_nested():
+            await session.get(Parent, 1)
+        assert await session.get(WITHOUT_MORE, 1) is not None
+    assert len(sent) == 2
+
+
+async def test_a_session_of_somebody_elses_that_has_begun_is_left_alone(engine: AsyncEngine, sent: list[str]) -> None:
+    async with AsyncSession(engine) as session, session.begin():
+        await session.execute(update(Thing).values(name="mine"))
+        [(name,)] = await send(session, select(Thing.name), {}, columns=True)
+        assert name == "mine"
+        await session.rollback()
+    assert not sent
 
 
 async def test_it_is_observed_as_a_reading_of_its_row(engine: AsyncEngine, sent: list[str]) -> None:

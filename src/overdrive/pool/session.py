@@ -168,9 +168,7 @@ def _get(session: Session, class_: Any, ident: Any, **options: Any) -> Any:
         if plain is not None:
             assert isinstance(engine, Engine)
             rows = await_only(direct.send(engine, plain, {KEY: ident}))
-            # What is no key to the database may give more.
-            if len(rows) < 2:
-                return make(entity, class_, rows[0], session) if rows else None
+            return make(entity, class_, rows[0], session) if rows else None
     return Session.get(session, class_, ident, **options)
 
 
@@ -368,11 +366,10 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
 
 
 def _is_untouched(session: Session) -> bool:
-    """Say whether a session has not begun yet, and nobody but us would learn that it had."""
+    """Say whether a session has not asked a database for anything yet, and nobody but us would learn that it had."""
     heard = _heard(session)
     return (
-        not session.in_transaction()
-        and session.autobegin
+        (_has_no_connection(session) if session.in_transaction() else session.autobegin)
         and _ENDED not in session.info
         and _are_ours(heard.after_begin, _note_connection)
         and _are_ours(heard.after_transaction_create, _refuse_after_end)
@@ -382,6 +379,12 @@ def _is_untouched(session: Session) -> bool:
         and not heard.after_soft_rollback
         and not heard.after_transaction_end
     )
+
+
+def _has_no_connection(session: Session) -> bool:
+    """Say whether a session that has begun has got no further, as with what was made of a row; sure of ours alone."""
+    is_ours = bool(_heard(session).after_begin)
+    return is_ours and _CONNECTIONS not in session.info and not session.in_nested_transaction()
 
 
 def _heard(session: Session) -> Any:
