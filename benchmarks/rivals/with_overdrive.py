@@ -49,9 +49,14 @@ def service(**settings: Any) -> FastAPI:
     return app
 
 
-def service_with_overflow() -> FastAPI:
-    """Return the service with a pool that may grow."""
-    return service(max_overflow=20)
+def service_for_many(max_overflow: int = 0) -> FastAPI:
+    """Return the service for more clients than connections, of whom none is refused, however slow the machine."""
+    return service(max_overflow=max_overflow, admission={"max_wait": 60})
+
+
+def service_for_many_with_overflow() -> FastAPI:
+    """Return the same with a pool that may grow."""
+    return service_for_many(max_overflow=20)
 
 
 def service_on_redis() -> FastAPI:
