@@ -259,7 +259,7 @@ class Observation:
         return self._named((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
 
     def _named(self, tables: Iterable[str]) -> frozenset[str]:
-        return frozenset([f"{self.name}/{table}" for table in tables])
+        return frozenset(f"{self.name}/{table}" for table in tables)
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
