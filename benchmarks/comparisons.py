@@ -58,7 +58,22 @@ PLANS = [
             Rival("hand-written get_db", "plain_fastapi:service", "/users/4711"),
             Rival("Overdrive's SessionDep", "with_overdrive:service", "/users/4711", ours=True),
         ],
-        [Claim("Overdrive's SessionDep", "hand-written get_db", 1.0)],
+        [Claim("Overdrive's SessionDep", "hand-written get_db", 1.15)],
+    ),
+    Plan(
+        "pool",
+        "The same user, for 32 clients on 10 connections",
+        [
+            Rival("SQLAlchemy's pool, 10 + 20", "plain_fastapi:service_with_overflow", "/users/4711"),
+            Rival("SQLAlchemy's pool, 10 + 0", "plain_fastapi:service", "/users/4711"),
+            Rival("FairPool, 10 + 20", "plain_fastapi:service_on_fair_pool", "/users/4711", ours=True),
+            Rival("Overdrive, 10 + 20", "with_overdrive:service_for_many_with_overflow", "/users/4711", ours=True),
+            Rival("Overdrive, 10 + 0", "with_overdrive:service_for_many", "/users/4711", ours=True),
+            Rival("asyncpg's pool, no SQLAlchemy", "fastapi_asyncpg:app", "/users/4711"),
+            Rival("psycopg_pool, no SQLAlchemy", "fastapi_psycopg:app", "/users/4711"),
+        ],
+        [Claim("Overdrive, 10 + 0", "SQLAlchemy's pool, 10 + 20", 2.0)],
+        connections=32,
     ),
     Plan(
         "hit",

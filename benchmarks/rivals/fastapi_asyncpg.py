@@ -8,25 +8,34 @@ from fastapi import FastAPI
 
 from benchmarks.rivals import shop
 from benchmarks.rivals.plain_fastapi import UserPage
+from benchmarks.rivals.shop import UserOut
 
+_USER = "SELECT id, email, name, country, created_at, active FROM users WHERE id = $1"
 _FIRST = "SELECT id, email, name, country, created_at, active FROM users ORDER BY created_at DESC, id DESC LIMIT $1"
 _NEXT = _FIRST.replace("ORDER BY", "WHERE (created_at, id) < ($2, $3) ORDER BY")
 
 
 def app() -> FastAPI:
-    """Return an app that answers the users newest first by a keyset."""
+    """Return an app that answers a user by id, and the users newest first by a keyset."""
     app = FastAPI()
     pool: asyncpg.Pool | None = None
 
-    @app.get("/feed", response_model=UserPage)
-    async def feed(after_time: datetime | None = None, after_id: int = 0, size: int = 50) -> dict[str, Any]:
+    async def opened() -> asyncpg.Pool:
         nonlocal pool
         if pool is None:
             pool = await asyncpg.create_pool(shop.DATABASE_URL, min_size=shop.POOL_SIZE, max_size=shop.POOL_SIZE)
+        return pool
+
+    @app.get("/users/{user_id}", response_model=UserOut)
+    async def get_user(user_id: int) -> Any:
+        return dict(await (await opened()).fetchrow(_USER, user_id))
+
+    @app.get("/feed", response_model=UserPage)
+    async def feed(after_time: datetime | None = None, after_id: int = 0, size: int = 50) -> dict[str, Any]:
         if after_time is None:
-            rows = await pool.fetch(_FIRST, size + 1)
+            rows = await (await opened()).fetch(_FIRST, size + 1)
         else:
-            rows = await pool.fetch(_NEXT, size + 1, after_time, after_id)
+            rows = await (await opened()).fetch(_NEXT, size + 1, after_time, after_id)
         items = [dict(row) for row in rows[:size]]
         return {"items": items, "next_id": items[-1]["id"] if len(rows) > size else None}
 

@@ -1,6 +1,6 @@
 """FastAPI and SQLAlchemy as a team writes them by hand."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException
 from pydantic import BaseModel
@@ -8,6 +8,7 @@ from sqlalchemy import func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from benchmarks.rivals.shop import Sessions, User, UserOut, constant_app
+from overdrive import FairPool
 
 
 class UserPage(BaseModel):
@@ -22,10 +23,10 @@ def constant() -> FastAPI:
     return constant_app(FastAPI())
 
 
-def service() -> FastAPI:
+def service(**pool: Any) -> FastAPI:
     """Return an app that answers a user by id, and the users newest first by a keyset."""
     app = FastAPI()
-    Session = Annotated[AsyncSession, Depends(Sessions().get_db)]  # noqa: N806 - an alias of a type
+    Session = Annotated[AsyncSession, Depends(Sessions(**pool).get_db)]  # noqa: N806 - an alias of a type
 
     @app.get("/users/{user_id}", response_model=UserOut)
     async def get_user(user_id: int, db: Session) -> User:
@@ -45,6 +46,16 @@ def service() -> FastAPI:
         return UserPage(items=items, next_id=items[-1].id if len(users) > size else None)
 
     return app
+
+
+def service_with_overflow() -> FastAPI:
+    """Return the service with the pool that SQLAlchemy's users are advised to let grow."""
+    return service(max_overflow=20)
+
+
+def service_on_fair_pool() -> FastAPI:
+    """Return the service with another class of pool, and nothing else."""
+    return service(max_overflow=20, poolclass=FairPool)
 
 
 def overloaded() -> FastAPI:

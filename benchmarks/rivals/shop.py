@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import Pool
 
 POOL_SIZE = 10
 
@@ -58,9 +59,9 @@ class UserOut(BaseModel):
 class Sessions:
     """The engine and the dependency that FastAPI's and SQLAlchemy's documentation have a team write."""
 
-    def __init__(self, pool_size: int = POOL_SIZE) -> None:
+    def __init__(self, pool_size: int = POOL_SIZE, max_overflow: int = 0, poolclass: type[Pool] | None = None) -> None:
         url = DATABASE_URL.replace("postgresql://", "postgresql+asyncpg://")
-        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=0)
+        self.engine = create_async_engine(url, pool_size=pool_size, max_overflow=max_overflow, poolclass=poolclass)
         self.maker = async_sessionmaker(self.engine, expire_on_commit=False)
 
     async def get_db(self) -> AsyncIterator[AsyncSession]:

@@ -11,9 +11,9 @@ from benchmarks.rivals.shop import User, UserOut, constant_app
 from overdrive import CursorPage, LogHandler, Overdrive, Page, SessionDep, Settings, cached, log_directly, paginate
 
 
-def _app(pool_size: int = shop.POOL_SIZE, **settings: Any) -> FastAPI:
+def _app(pool_size: int = shop.POOL_SIZE, max_overflow: int = 0, **settings: Any) -> FastAPI:
     app = FastAPI()
-    pool = {"size": pool_size, "max_overflow": 0}
+    pool = {"size": pool_size, "max_overflow": max_overflow}
     Overdrive(app, settings=Settings.load(database_url=shop.DATABASE_URL, pool=pool, **settings))
     return app
 
@@ -47,6 +47,16 @@ def service(**settings: Any) -> FastAPI:
         return await paginate(db, select(User).order_by(User.created_at.desc(), User.id.desc()))
 
     return app
+
+
+def service_for_many(max_overflow: int = 0) -> FastAPI:
+    """Return the service for more clients than connections, of whom none is refused, however slow the machine."""
+    return service(max_overflow=max_overflow, admission={"max_wait": 60})
+
+
+def service_for_many_with_overflow() -> FastAPI:
+    """Return the same with a pool that may grow."""
+    return service_for_many(max_overflow=20)
 
 
 def service_on_redis() -> FastAPI:

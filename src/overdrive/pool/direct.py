@@ -50,7 +50,8 @@ def of(engine: Engine, stmt: Select[Any]) -> Direct | None:
     """Return the statement as `send` takes it; None where SQLAlchemy has a part in sending it."""
     if engine.dialect.driver != "asyncpg" or not is_ours_alone(engine) or engine._should_log_info():
         return None
-    made = _made.setdefault(engine, WeakKeyDictionary())
+    if (made := _made.get(engine)) is None:
+        made = _made[engine] = WeakKeyDictionary()
     if stmt not in made:
         made[stmt] = _direct(engine, stmt)
     return made[stmt]

@@ -229,7 +229,8 @@ def _prepare_our_own(engine: Engine, password: Password | None) -> None:
 
 def begins_with_writes(engine: Engine) -> bool:
     """Say whether this is one of ours on SQLite, whose transactions begin with their first write."""
-    return event.contains(engine, "before_cursor_execute", _begin_with_the_first_write)
+    ours = engine.dialect.name == "sqlite"
+    return ours and event.contains(engine, "before_cursor_execute", _begin_with_the_first_write)
 
 
 def password_of(engine: Engine) -> Password | None:

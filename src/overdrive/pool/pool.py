@@ -9,6 +9,7 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from overdrive.waking import wake
 from .closing import abandon, close, has_loop, watch
 from .fair import Fair, Place, Pooled, Refusal, Waiter
 from .holders import Holders
+from .housekeeping import housekeeper
 from .tasks import start
 
 logger = logging.getLogger("overdrive")
@@ -100,27 +102,21 @@ class _InLoop(Waiter):
 
 
 class _InThread(Waiter):
-    """A thread that waits, and does what is due meanwhile."""
+    """A thread that waits."""
 
-    __slots__ = ("_pool", "_woken")
+    __slots__ = ("_woken",)
 
-    def __init__(self, deadline: float, pool: FairPool) -> None:
+    def __init__(self, deadline: float) -> None:
         super().__init__(deadline)
-        self._pool = pool
         self._woken = threading.Event()
 
     def wake(self) -> None:
-        """Let it go on, or look again at what is due."""
+        """Let it go on."""
         self._woken.set()
 
     def block(self) -> None:
         """Wait for an answer."""
-        while self.answer is None:
-            due = self._pool._fair.due()
-            until = self.deadline if due is None else min(due, self.deadline)
-            self._woken.wait(max(0.0, until - time.monotonic()))
-            self._woken.clear()
-            self._pool._tick()
+        self._woken.wait()
 
 
 class FairPool(Pool):
@@ -135,9 +131,9 @@ class FairPool(Pool):
     max_waiting: how many checkouts may wait at once; left out, ten for each connection, and a hundred at least.
     linger: seconds a connection beyond `pool_size` stays open after its last use.
     validate_after: seconds of idleness after which a connection is asked for an answer: behind the scenes, so that no
-        firewall forgets it, and else before it is used. Threads have nobody to do the former.
+        firewall forgets it, and else before it is used.
     min_idle: connections that are to be idle, opened before anybody asks, as long as there are no more than
-        `pool_size`; not for threads.
+        `pool_size`.
     leak_after: seconds after which whoever still has a connection is named in a WARNING, with the route and the place
         in the code where it was taken; None for never.
     recycle: seconds a connection lives, less up to a tenth, so that not all are replaced at once; -1 for ever
@@ -317,7 +313,7 @@ class FairPool(Pool):
 
     def _wait(self, deadline: float, *, first: bool) -> Pooled | Place:
         asked = time.monotonic()
-        waiter = _InLoop(deadline) if self._dialect.is_async else _InThread(deadline, self)
+        waiter = _InLoop(deadline) if self._dialect.is_async else _InThread(deadline)
         with self._lock:
             answer: Any = self._fair.wait(waiter, asked, first=first)
         if answer is None:
@@ -478,9 +474,16 @@ class FairPool(Pool):
             silent = self._fair.silent(now, self._validate_after)
             place = self._fair.refill(now)
         if silent is not None:
-            start(greenlet_spawn(self._check, silent))
+            self._run_behind(self._check, silent)
         if place is not None:
-            start(greenlet_spawn(self._open_ahead))
+            self._run_behind(self._open_ahead)
+
+    def _run_behind(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self._dialect.is_async:
+            start(greenlet_spawn(function, *arguments))
+        else:
+            # Not in the housekeeper's: a server may take its time to answer, and others have deadlines.
+            threading.Thread(target=function, args=arguments, name="overdrive-pool", daemon=True).start()
 
     def _check(self, pooled: Pooled) -> None:
         if self._is_over(pooled, time.monotonic()) or not self._answers(pooled) or self._disposed:
@@ -496,41 +499,37 @@ class FairPool(Pool):
     # Time
 
     def _note_due(self) -> None:
-        """See to it that what is due is done: by a timer of the loop, or by the thread that has waited longest."""
+        """See to it that what is due is done: by a timer of the loop, or for threads by the housekeeper."""
         now = time.monotonic()
         with self._lock:
             due = self._fair.due()
-            if not self._dialect.is_async:
-                if due is not None and self._fair.backs_off:
-                    next(iter(self._fair.waiters)).wake()
-                if now >= self._tick_at:
-                    self._tick()
+            at = now + _TICK if due is None else min(due, now + _TICK)
+            if self._tick_at and self._tick_at <= at:
                 return
-        at = now + _TICK if due is None else min(due, now + _TICK)
-        if self._timer is None or at < self._tick_at:
-            with suppress(RuntimeError):  # without a loop there is nobody to wait, and nothing to age
-                loop = asyncio.get_running_loop()
-                if self._timer is not None:
-                    self._timer.cancel()
+            if not self._dialect.is_async:
+                housekeeper.call_at(at, self._tick)
                 self._tick_at = at
-                self._timer = loop.call_later(max(0.0, at - now), _tick, weakref.ref(self))
+                return
+        with suppress(RuntimeError):  # without a loop there is nobody to wait, and nothing to age
+            loop = asyncio.get_running_loop()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tick_at = at
+            self._timer = loop.call_later(max(0.0, at - now), _tick, weakref.ref(self))
 
     def _tick(self) -> None:
         now = time.monotonic()
         with self._lock:
+            self._timer, self._tick_at = None, 0.0
             unneeded = self._fair.tick(now)
         for pooled in unneeded:
             self._discard(pooled)
         if self._holders is not None:
             self._holders.name_leaks(now)
-        if not self._dialect.is_async:
-            self._tick_at = now + _TICK
-        elif self._timer is not None:
-            self._timer, self._tick_at = None, 0.0
-            if not self._disposed:
-                self._maintain(now)
-            if self._fair.taken or self._fair.waiters:
-                self._note_due()
+        if not self._disposed:
+            self._maintain(now)
+        if self._fair.taken or self._fair.waiters:
+            self._note_due()
 
     # Life
 
@@ -582,6 +581,7 @@ def _leave_connections_to_parent() -> None:
         _inherited.append(pool._fair)
         pool._lock = threading.RLock()
         pool._fair = pool._empty()
+        pool._timer, pool._tick_at = None, 0.0
 
 
 if hasattr(os, "register_at_fork"):

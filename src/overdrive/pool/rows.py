@@ -47,7 +47,7 @@ class Rows:
         tags = set()
         for each in parameters:
             values = [each.get(name) for name in self.names]
-            if not all(type(value) is type_ for value, type_ in zip(values, self.types, strict=True)):
+            if tuple(map(type, values)) != self.types:
                 return None
             tags.add(tag_of_row(self.table, values))
         return frozenset(tags)

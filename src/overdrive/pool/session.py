@@ -8,17 +8,20 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
+from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
+from sqlalchemy.util import await_only
 
 from overdrive.errors import SessionEndedError
 
 from . import direct
 from .engine import capacity_of
+from .entity import KEY, entity_of, make
 from .observe import has_begun, returns_without_waiting
 from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
@@ -28,8 +31,13 @@ logger = logging.getLogger("overdrive")
 #: Says whether a response with this status keeps what its request wrote.
 CommitOn = Callable[[int], bool]
 
+#: Types of keys of which each stands for one row, whatever becomes of it on the way.
+_KEYS = (int, str, UUID)
+
 _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
+#: Where a class of sessions keeps who listens to all of them.
+_HEARD = "overdrive_heard"
 
 
 def successful(status: int) -> bool:
@@ -46,10 +54,12 @@ class Sessions:
     def __init__(self, maker: async_sessionmaker[AsyncSession]) -> None:
         base = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
         # A class of its own, so that nobody else's sessions are listened to.
-        self._options: dict[str, Any] = {"sync_session_class": type(base.__name__, (base,), {})}
+        own: Any = type(base.__name__, (base,), {"get": _get} if base.get is Session.get else {})
+        self._options: dict[str, Any] = {"sync_session_class": own}
         self._maker = maker
-        event.listen(self._options["sync_session_class"], "after_transaction_create", _refuse_after_end)
-        event.listen(self._options["sync_session_class"], "after_begin", _note_connection)
+        event.listen(own, "after_transaction_create", _refuse_after_end)
+        event.listen(own, "after_begin", _note_connection)
+        setattr(own, _HEARD, own.__new__(own).dispatch)
 
     @classmethod
     def of(cls, engine: AsyncEngine, session_class: type[AsyncSession] = AsyncSession) -> Sessions:
@@ -148,6 +158,33 @@ class SyncSessions:
             session.commit()
 
 
+def _get(session: Session, class_: Any, ident: Any, **options: Any) -> Any:
+    """Do what `Session.get` does; where that is fetching a row and nothing else, past the ORM's loading."""
+    # With an empty dictionary for an option, a lock is asked for.
+    is_plain = type(ident) in _KEYS and options.get("with_for_update") in (None, False) and not any(options.values())
+    if is_plain and (entity := entity_of(class_)) is not None and _takes_rows(session, class_):
+        engine = session.get_bind(class_)
+        plain = direct.of(engine, entity.statement) if isinstance(engine, Engine) else None
+        if plain is not None:
+            assert isinstance(engine, Engine)
+            rows = await_only(direct.send(engine, plain, {KEY: ident}))
+            return make(entity, class_, rows[0], session) if rows else None
+    return Session.get(session, class_, ident, **options)
+
+
+def _takes_rows(session: Session, class_: type) -> bool:
+    """Say whether nobody would learn that the session had sent a statement for an entity, and has got it."""
+    heard = _heard(session)
+    return (
+        _is_untouched(session)
+        and adds_nothing(session, class_)
+        and not heard.before_attach
+        and not heard.after_attach
+        and not heard.detached_to_persistent
+        and not heard.loaded_as_persistent
+    )
+
+
 def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None:
     if _ENDED in session.info:
         transaction.close()
@@ -168,8 +205,8 @@ def _ends_without_waiting(session: Session) -> bool:
         not session.new
         and not session.dirty
         and not session.deleted
-        and not session.dispatch.before_commit
-        and not session.dispatch.after_commit
+        and not _heard(session).before_commit
+        and not _heard(session).after_commit
         and all(map(_returns_without_waiting, session.info.get(_CONNECTIONS, ())))
     )
 
@@ -298,7 +335,7 @@ async def send(session: AsyncSession, statement: Executable, parameters: Mapping
     if columns:
         assert isinstance(statement, Select)
         engine = session.sync_session.get_bind(clause=statement)
-        if isinstance(engine, Engine) and _is_untouched(session):
+        if isinstance(engine, Engine) and _is_untouched(session.sync_session):
             plain = direct.of(engine, statement)
             if plain is not None:
                 return await direct.send(engine, plain, parameters)
@@ -328,14 +365,12 @@ def _is_discouraged(session: AsyncSession | Session) -> bool:
     return hasattr(type(session).execute, "__deprecated__")
 
 
-def _is_untouched(session: AsyncSession) -> bool:
-    """Say whether a session has not begun yet, and nobody but us would learn that it had."""
-    sync_session = session.sync_session
-    heard = sync_session.dispatch
+def _is_untouched(session: Session) -> bool:
+    """Say whether a session has not asked a database for anything yet, and nobody but us would learn that it had."""
+    heard = _heard(session)
     return (
-        not sync_session.in_transaction()
-        and sync_session.autobegin
-        and _ENDED not in sync_session.info
+        (_has_no_connection(session) if session.in_transaction() else session.autobegin)
+        and _ENDED not in session.info
         and _are_ours(heard.after_begin, _note_connection)
         and _are_ours(heard.after_transaction_create, _refuse_after_end)
         and not heard.before_commit
@@ -344,6 +379,19 @@ def _is_untouched(session: AsyncSession) -> bool:
         and not heard.after_soft_rollback
         and not heard.after_transaction_end
     )
+
+
+def _has_no_connection(session: Session) -> bool:
+    """Say whether a session that has begun has got no further, as with what was made of a row; sure of ours alone."""
+    is_ours = bool(_heard(session).after_begin)
+    return is_ours and _CONNECTIONS not in session.info and not session.in_nested_transaction()
+
+
+def _heard(session: Session) -> Any:
+    """Return who listens to a session. It has no list of its own until it is asked for one, which is dear."""
+    if "dispatch" in vars(session):
+        return session.dispatch
+    return getattr(type(session), _HEARD, None) or session.dispatch
 
 
 def _are_ours(listeners: Iterable[Any], ours: Callable[..., None]) -> bool:
@@ -369,7 +417,7 @@ def _is_plain(session: Session) -> bool:
     return (
         kind.get_bind is Session.get_bind
         and (kind.execute is Session.execute or inspect.unwrap(kind.execute) is Session.execute)
-        and not session.dispatch.do_orm_execute
+        and not _heard(session).do_orm_execute
         and not getattr(session, "execution_options", None)
         and not session.new
         and not session.deleted
@@ -382,7 +430,7 @@ def sees_what_all_see(session: Session, engine: Engine) -> bool:
     It may give something else where somebody has a say in what is sent, and once a transaction has begun: that may have
     written, may be above READ COMMITTED, or may have set what row-level security goes by.
     """
-    heard = session.dispatch
+    heard = _heard(session)
     return (
         direct.is_ours_alone(engine)
         and _is_plain(session)
