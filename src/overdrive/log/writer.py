@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from typing import Protocol, TextIO
@@ -26,7 +26,7 @@ from .queue import Buffer, Line, Reason, Stats
 #: Seconds in which lines gather for one write.
 _TICK = 0.05
 #: Bytes of one write.
-_BATCH = 64 * 1024
+_BATCH = 256 * 1024
 #: Seconds a caller may wait for a stalled sink, once closed.
 _WRITE_THROUGH_TIMEOUT = 0.5
 #: Seconds, for whoever has a deadline of its own.
@@ -100,21 +100,20 @@ class Writer:
         wake = self._buffer.put(level, line)
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
-            return
-        if self._thread is None and self._start.acquire(blocking=False):
-            self._start_thread()
-        if wake:
+        elif wake:
+            if self._thread is None and self._start.acquire(blocking=False):
+                self._start_thread()
             self._bell.ring()
 
     def drop(self, level: int, reason: Reason) -> None:
         """Count a line that never became one."""
         self._buffer.drop(level, reason)
 
-    def sample(self, levels: Counter[int]) -> None:
+    def sample(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that were let go on purpose."""
         self._buffer.sample(levels)
 
-    def lose(self, levels: Counter[int]) -> None:
+    def lose(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that had to make room for later ones of their request."""
         for level, count in levels.items():
             self._buffer.drop(level, "tail", count)
@@ -159,8 +158,7 @@ class Writer:
         if self._closed and (self._thread is None or not self._thread.is_alive()):
             self._thread = None
             self._start = threading.Lock()
-            if not self._buffer.rest():
-                self._bell.ring()
+            self._buffer.idle = True
             self._closed = False
 
     def _wait_for_room(self, level: int, line: bytes) -> None:
@@ -248,6 +246,7 @@ class FileSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.abspath(path)
         self._fd: int | None = None
+        self._place: tuple[int, int] | None = None
         self._lines = _Descriptor()
 
     def write(self, lines: Sequence[bytes], deadline: float) -> int:
@@ -262,18 +261,23 @@ class FileSink:
             self._fd = None
 
     def _opened(self) -> int:
-        if self._fd is not None and self._moved(self._fd):
+        if self._fd is not None and self._moved():
             self.close()
             self._lines = _Descriptor()
         if self._fd is None:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._place = _place(os.fstat(self._fd))
         return self._fd
 
-    def _moved(self, fd: int) -> bool:
+    def _moved(self) -> bool:
         try:
-            return not os.path.samestat(os.stat(self._path), os.fstat(fd))
+            return _place(os.stat(self._path)) != self._place
         except FileNotFoundError:
             return True
+
+
+def _place(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 class StreamSink:
@@ -348,12 +352,12 @@ class _Descriptor:
         if self._torn:
             self._torn = _send(fd, b"\n", step, deadline) == 0
         written = 0
-        for chunk in _chunks(lines, step):
+        for number, chunk in _chunks(lines, step):
             sent = 0 if self._torn else _send(fd, chunk, step, deadline)
-            written += chunk.count(b"\n", 0, sent)
             if sent < len(chunk):
                 self._torn = self._torn or (sent > 0 and not chunk.endswith(b"\n", 0, sent))
-                break
+                return written + chunk.count(b"\n", 0, sent)
+            written += number
         return written
 
 
@@ -385,17 +389,19 @@ def _lock_until(fd: int, deadline: float) -> None:
             return
 
 
-def _chunks(lines: Sequence[bytes], size: int) -> Iterator[bytes]:
-    """Join as many lines as fit into `size` bytes, at least one."""
-    chunk: list[bytes] = []
-    length = 0
-    for line in lines:
-        if chunk and length + len(line) > size:
-            yield b"".join(chunk)
-            chunk, length = [], 0
-        chunk.append(line)
+def _chunks(lines: Sequence[bytes], size: int) -> Iterator[tuple[int, bytes]]:
+    """Join as many lines as fit into `size` bytes, at least one; with how many they are."""
+    joined = b"".join(lines)
+    if len(joined) <= size:
+        yield len(lines), joined
+        return
+    first = length = 0
+    for number, line in enumerate(lines):
+        if number > first and length + len(line) > size:
+            yield number - first, b"".join(lines[first:number])
+            first, length = number, 0
         length += len(line)
-    yield b"".join(chunk)
+    yield len(lines) - first, b"".join(lines[first:])
 
 
 def _send(fd: int, data: bytes, step: int, deadline: float) -> int:
