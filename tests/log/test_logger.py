@@ -7,7 +7,11 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -20,7 +24,19 @@ from overdrive.log.event import END, encode, encode_event, encode_plain, line_en
 from overdrive.log.handler import LogHandler
 from overdrive.log.logger import DirectLogger, log_directly, log_event
 
-plain_values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters()))
+plain_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters()),
+    st.binary(),
+    st.decimals(),
+    st.uuids(),
+    st.dates(),
+    st.timedeltas(),
+    st.datetimes(timezones=st.sampled_from([None, UTC, ZoneInfo("Europe/Berlin")])),
+)
 contexts = st.one_of(
     st.none(),
     st.builds(
@@ -36,6 +52,13 @@ contexts = st.one_of(
 class Unprintable:
     def __str__(self) -> str:
         raise ValueError("no text")
+
+
+class Zone(tzinfo):
+    """A zone that anybody may have written."""
+
+    def utcoffset(self, _moment: datetime | None) -> timedelta:
+        return timedelta(0)
 
 
 @pytest.fixture
@@ -86,15 +109,23 @@ def test_a_plain_line_is_what_encode_returns(
     end = END if context is None else line_end(context)
     assert end is not None
     expected = encode(record, context, context.fields if context is not None else {})
-    line = encode_plain(1_700_000_000_250_000, "app", logging.INFO, record.msg, record.args, end)
+    line = encode_plain(1_700_000_000_250_000, "app", "INFO", record.msg, record.args, end)
     assert line in (None, expected)
 
 
 @pytest.mark.parametrize(
-    ("message", "args"), [("hello", ()), ("%s %d %.2f", ("a", 3, 1.5)), ('a "quoted"\n\x1b line', ()), ("%r", (None,))]
+    ("message", "args"),
+    [
+        ("hello", ()),
+        ("%s %d %.2f", ("a", 3, 1.5)),
+        ('a "quoted"\n\x1b line', ()),
+        ("%r", (None,)),
+        ("Grüße an %s", ("日本",)),
+        ("%s %s %s", (UUID(int=1), Decimal("1.50"), datetime(2026, 1, 1, tzinfo=UTC))),
+    ],
 )
 def test_texts_and_numbers_need_no_closer_look(message: str, args: tuple[Any, ...]) -> None:
-    assert encode_plain(0, "app", logging.INFO, message, args, END) is not None
+    assert encode_plain(0, "app", "INFO", message, args, END) is not None
 
 
 @given(contexts, st.integers(100, 599), st.dictionaries(st.text(), plain_values))
@@ -142,8 +173,10 @@ def test_no_record_is_made_for_a_plain_line(
         (("%d", "x"), {}),
         (("%c", 2**40), {}),
         (("%(a)s", {"a": 1}), {}),
-        (("é",), {}),
+        (("é\x85",), {}),
+        (("\u2028",), {}),
         (("\ud800",), {}),
+        (("%s", datetime(2026, 1, 1, tzinfo=Zone())), {}),
         (("\x7f",), {}),
         ((Unprintable(),), {}),
         (("hello",), {"extra": {"user": 1}}),

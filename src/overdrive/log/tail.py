@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import suppress
-from operator import itemgetter
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from threading import RLock
 
 from overdrive.context import RequestContext
 
@@ -18,12 +17,9 @@ _MAX_BYTES = 64 * 1024
 _OVERHEAD = 256
 
 
-#: A line that is not encoded yet, as nothing in it can change: microseconds since the epoch, the logger's name,
-#: message and arguments, and the end of the line, with what was bound when it was logged.
-Plain = tuple[int, str, str, tuple[object, ...], bytes]
-
-_Held = tuple[int, Plain | bytes, int]
-_level_of: Callable[[_Held], int] = itemgetter(0)
+#: A line that is not encoded yet, as nothing in it can change: microseconds since the epoch, the names of logger and
+#: level, message and arguments, and the end of the line, with what was bound when it was logged.
+Plain = tuple[int, str, str, str, tuple[object, ...], bytes]
 
 
 class Tail:
@@ -33,24 +29,25 @@ class Tail:
     sample: takes the lines by level number that were let go as nothing was wrong.
     lose: takes those that had to make room in a request whose lines were kept.
 
-    Nothing is locked, as every operation on a deque is atomic: whoever adds a line to a request that has just ended
-    hands it on itself.
+    Appending to a deque is atomic, so that a lock is for taking lines alone: whoever adds one to a request that has
+    just ended hands it on itself.
     """
 
-    __slots__ = ("_ended", "_gone", "_keep", "_kept", "_lines", "_lose", "_sample", "_size", "slow")
+    __slots__ = ("_ended", "_gone", "_keep", "_kept", "_lines", "_lock", "_lose", "_sample", "_size", "slow")
 
     def __init__(
         self,
         slow: float | None,
         keep: Callable[[int, Plain | bytes], None],
-        sample: Callable[[Counter[int]], None],
-        lose: Callable[[Counter[int]], None],
+        sample: Callable[[Mapping[int, int]], None],
+        lose: Callable[[Mapping[int, int]], None],
     ) -> None:
         self.slow = slow
         self._keep, self._sample, self._lose = keep, sample, lose
-        self._lines: deque[_Held] = deque()
+        self._lines: deque[tuple[int, Plain | bytes, int]] = deque()
         self._size = 0
-        self._gone: Counter[int] = Counter()
+        self._gone: defaultdict[int, int] = defaultdict(int)
+        self._lock = RLock()
         self._ended = self._kept = False
 
     def hold(self, level: int, line: Plain | bytes, size: int) -> None:
@@ -70,22 +67,22 @@ class Tail:
         self._hand_on()
 
     def _make_room(self) -> None:
-        while self._size > _MAX_BYTES and self._lines:
-            level, _, size = self._lines.popleft()
-            self._size -= size + _OVERHEAD
-            self._gone[level] += 1
+        with self._lock:
+            while self._size > _MAX_BYTES and self._lines:
+                level, _, size = self._lines.popleft()
+                self._size -= size + _OVERHEAD
+                self._gone[level] += 1
 
     def _hand_on(self) -> None:
-        gone, self._gone = self._gone, Counter()
-        held: list[_Held] = []
-        with suppress(IndexError):  # it is empty, or another thread had the last one
-            while True:
-                held.append(self._lines.popleft())
+        with self._lock:
+            gone, self._gone = self._gone, defaultdict(int)
+            held = [self._lines.popleft() for _ in range(len(self._lines))]
         if self._kept:
             for level, line, _ in held:
                 self._keep(level, line)
         else:
-            gone.update(map(_level_of, held))
+            for level, _, _ in held:
+                gone[level] += 1
         if gone:
             (self._lose if self._kept else self._sample)(gone)
 
