@@ -14,6 +14,7 @@ from contextvars import copy_context
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -248,7 +249,10 @@ def test_a_line_that_comes_between_the_verdict_and_the_end_is_not_forgotten(log:
 def test_every_line_is_kept_let_go_or_lost(lines: list[tuple[int, int]], failed: bool) -> None:
     kept: list[int] = []
     sampled, lost = Counter[int](), Counter[int]()
-    tail = Tail(None, lambda level, _: kept.append(level), sampled.update, lost.update)
+    keeper = SimpleNamespace(
+        slow=None, keep=lambda level, _: kept.append(level), sample=sampled.update, lose=lost.update
+    )
+    tail = Tail(keeper)
     for level, size in lines:
         tail.hold(level, b"", size)
         assert tail._size <= tail_module._MAX_BYTES

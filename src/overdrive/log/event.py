@@ -49,9 +49,9 @@ STANDARD = frozenset(
 _PLAIN = frozenset({str, int, float, bool, type(None), bytes, Decimal, UUID, date, timedelta})
 _DIGITS = [b"%03d" % number for number in range(1000)]
 _ZONES = frozenset({type(None), timezone, ZoneInfo})
-#: Characters of a text, and bytes of any argument, up to which it is not worth finding out what it takes.
+#: Characters of a text, and bits of a number, up to which it is not worth finding out what it takes; what it then
+#: counts for, in bytes.
 _SHORT = 64
-_LARGE = 2**256
 _DELETE = 0x7F
 #: The end of a line that belongs to no request.
 END = b"}\n"
@@ -100,11 +100,10 @@ def encode(
     return json_line(line)
 
 
-def encode_plain(created: int, name: str, level: str, message: object, args: object, end: bytes) -> bytes | None:
+def encode_plain(created: float, name: str, level: int, message: object, args: object, end: bytes) -> bytes | None:
     """Return the line that `encode` returns for a record of these, in a fraction of its time.
 
-    created: microseconds since the epoch.
-    level: its name.
+    created: seconds since the epoch.
     args: what a record has; no code of theirs is run.
     end: what `line_end` returns.
 
@@ -112,20 +111,21 @@ def encode_plain(created: int, name: str, level: str, message: object, args: obj
     """
     if type(message) is not str:
         return None
-    if args:
-        if type(args) is not tuple:
-            return None
-        for arg in args:
-            if type(arg) not in _PLAIN and not _is_plain_moment(arg):
+    try:
+        if args:
+            if type(args) is not tuple:
                 return None
-        try:
+            for arg in args:
+                if type(arg) not in _PLAIN and not _is_plain_moment(arg):
+                    return None
             message %= args
-        except Exception:  # the format does not match
+        if ("\x7f" in message or not message.isascii()) and not message.isprintable():
             return None
-    if ("\x7f" in message or not message.isascii()) and not message.isprintable():
+        millis, micros = divmod(round(created * 1_000_000), 1000)
+        middle = _middle(name, logging.getLevelName(level))
+        return b"".join((_start(millis), _DIGITS[micros], middle, _encode(message), end))
+    except Exception:  # the format does not match, or it is no moment of our calendar
         return None
-    millis, micros = divmod(created, 1000)
-    return b"".join((_start(millis), _DIGITS[micros], _middle(name, level), _encode(message), end))
 
 
 def line_end(context: RequestContext) -> bytes | None:
@@ -155,7 +155,7 @@ def plain_size(message: object, args: object) -> int | None:
                 if len(arg) > _SHORT:
                     size += getsizeof(arg)
             elif kind is int:
-                if not -_LARGE < arg < _LARGE:
+                if arg.bit_length() > _SHORT:
                     size += getsizeof(arg)
             elif kind in _PLAIN or _is_plain_moment(arg):
                 size += getsizeof(arg)
@@ -173,16 +173,16 @@ def encode_held(line: Plain) -> bytes:
     created, name, level, message, args, end = line
     encoded = encode_plain(created, name, level, message, args, end)
     if encoded is None:
-        record = logging.LogRecord(name, logging.NOTSET, "", 0, message, args, None)
-        record.levelname, record.created = level, created / 1_000_000
+        record = logging.LogRecord(name, level, "", 0, message, args, None)
+        record.created = created
         encoded = encode(record, None, {}).removesuffix(END) + end
     return encoded
 
 
-def encode_event(created: int, name: str, context: RequestContext) -> bytes | None:
+def encode_event(created: float, name: str, context: RequestContext) -> bytes | None:
     """Return the line that `encode` returns for a record of the event of `context`, its ids behind the rest.
 
-    created: microseconds since the epoch.
+    created: seconds since the epoch.
 
     None where a field is not plain, or is called as one of the event's own.
     """
@@ -195,7 +195,7 @@ def encode_event(created: int, name: str, context: RequestContext) -> bytes | No
         return None
     if not body.isascii() or _DELETE in body:
         return None
-    millis, micros = divmod(created, 1000)
+    millis, micros = divmod(round(created * 1_000_000), 1000)
     middle = _event_middle(name, logging.getLevelName(logging.INFO))
     return b"".join((_start(millis), _DIGITS[micros], middle, body[1:-1], end))
 

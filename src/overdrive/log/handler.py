@@ -112,7 +112,7 @@ class LogHandler(logging.Handler):
         self._writer = Writer(sink, max_bytes, self._notice, block)
         self._encoding = _Encoding()
         self._tail = tail is not None
-        self._slow = slow
+        self.slow = slow
         shape = Shape(names or {}, redact, redact_patterns)
         self._shape = shape if shape else None
 
@@ -157,10 +157,10 @@ class LogHandler(logging.Handler):
         else:
             self._writer.put(record.levelno, line)
 
-    def put_plain(self, created: int, name: str, level: int, level_name: str, message: Any, args: Any) -> bool:
+    def put_plain(self, created: float, name: str, level: int, message: Any, args: Any) -> bool:
         """Write the line that a record of these would get, if it is a simple one; return whether it is.
 
-        created: microseconds since the epoch.
+        created: seconds since the epoch.
 
         Filters are not asked, as there is no record.
         """
@@ -173,9 +173,9 @@ class LogHandler(logging.Handler):
             if size is None:
                 return False
             tail = tails.get(self) or self._tail_of(context)
-            tail.hold(level, (created, name, level_name, message, args, end), size)
+            tail.hold(level, (created, name, level, message, args, end), size)
             return True
-        line = encode_plain(created, name, level_name, message, args, end)
+        line = encode_plain(created, name, level, message, args, end)
         if line is None:
             return False
         self._writer.put(level, line)
@@ -185,7 +185,7 @@ class LogHandler(logging.Handler):
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
         if not self._is_prepared():
             return False
-        line = encode_event(time.time_ns() // 1000, name, context)
+        line = encode_event(time.time(), name, context)
         if line is None:
             return False
         self._writer.put(logging.INFO, line)
@@ -194,6 +194,14 @@ class LogHandler(logging.Handler):
     def sample(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that were let go on purpose."""
         self._writer.sample(levels)
+
+    def keep(self, level: int, line: Plain | bytes) -> None:
+        """Write a line that was held."""
+        self._writer.put(level, line if isinstance(line, bytes) else encode_held(line))
+
+    def lose(self, levels: Mapping[int, int]) -> None:
+        """Count lines, by level number, that were held and had to make room for later ones of their request."""
+        self._writer.lose(levels)
 
     def flush(self) -> None:
         """Wait until what was logged so far is written, at most 2 seconds."""
@@ -217,8 +225,9 @@ class LogHandler(logging.Handler):
         try:
             if record.exc_info or record.stack_info or len(vars(record)) != _ATTRIBUTES:
                 return False
-            created = round(record.created * 1_000_000)
-            return self.put_plain(created, record.name, record.levelno, record.levelname, record.msg, record.args)
+            if record.levelname != logging.getLevelName(record.levelno):
+                return False
+            return self.put_plain(record.created, record.name, record.levelno, record.msg, record.args)
         except Exception:  # it is not what it should be
             return False
 
@@ -229,15 +238,12 @@ class LogHandler(logging.Handler):
         tails = context.tails
         tail: Tail | None = tails.get(self) if tails is not None else None
         if tail is None:
-            tail = Tail(self._slow, self._keep, self._writer.sample, self._writer.lose)
+            tail = Tail(self)
             if tails is not None:
                 tails[self] = tail
             if context.tails is None:  # it has just ended
                 tail.end(context)
         return tail
-
-    def _keep(self, level: int, line: Plain | bytes) -> None:
-        self._writer.put(level, line if isinstance(line, bytes) else encode_held(line))
 
     def _is_prepared(self) -> bool:
         """Say whether lines may be joined from prepared parts: JSON as it is here, and no span to look up."""

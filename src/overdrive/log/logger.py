@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from time import time_ns
+from time import time
 from typing import Any, Protocol
 
 from overdrive.context import RequestContext
@@ -26,10 +26,9 @@ _is_stock = all(each.__module__ == "logging" for each in (_handle, _call_handler
 def _logging_at(level: int) -> Callable[..., None]:
     def log(self: logging.Logger, msg: object, *args: object, **options: Any) -> None:
         if self.isEnabledFor(level):
-            if not options and (handler := sole_handler(self, level)) is not None:
-                created, level_name = time_ns() // 1000, logging.getLevelName(level)
-                if handler.put_plain(created, self.name, level, level_name, msg, args):
-                    return
+            handler = None if options else sole_handler(self, level)
+            if handler is not None and handler.put_plain(time(), self.name, level, msg, args):
+                return
             # Who called is whoever called this.
             options["stacklevel"] = options.get("stacklevel", 1) + 1
             self._log(level, msg, args, **options)
