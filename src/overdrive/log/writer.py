@@ -246,13 +246,12 @@ class FileSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = os.path.abspath(path)
         self._fd: int | None = None
-        self._place: tuple[int, int] | None = None
         self._lines = _Descriptor()
 
     def write(self, lines: Sequence[bytes], deadline: float) -> int:
         """Append `lines`; `OSError` where the file cannot be opened."""
         fd = self._opened()
-        return self._lines.write(fd, lines, deadline)
+        return self._lines.write(fd, self._stat.st_mode, lines, deadline)
 
     def close(self) -> None:
         """Close the file."""
@@ -266,18 +265,14 @@ class FileSink:
             self._lines = _Descriptor()
         if self._fd is None:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            self._place = _place(os.fstat(self._fd))
+            self._stat = os.fstat(self._fd)
         return self._fd
 
     def _moved(self) -> bool:
         try:
-            return _place(os.stat(self._path)) != self._place
+            return not os.path.samestat(os.stat(self._path), self._stat)
         except FileNotFoundError:
             return True
-
-
-def _place(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
 
 
 class StreamSink:
@@ -298,7 +293,8 @@ class StreamSink:
             self._stream.write(b"".join(lines).decode())
             self._stream.flush()
             return len(lines)
-        return self._lines.write(fd, lines, deadline)
+        # Each time anew, as a stream's descriptor may be led elsewhere.
+        return self._lines.write(fd, os.fstat(fd).st_mode, lines, deadline)
 
     def close(self) -> None:
         """Do nothing: the stream is its owner's to close."""
@@ -341,9 +337,9 @@ class _Descriptor:
     def __init__(self) -> None:
         self._torn = False
 
-    def write(self, fd: int, lines: Sequence[bytes], deadline: float) -> int:
-        """Return how many of `lines` were written whole."""
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    def write(self, fd: int, mode: int, lines: Sequence[bytes], deadline: float) -> int:
+        """Return how many of `lines` were written whole; `mode` is that of what is open as `fd`."""
+        if not stat.S_ISFIFO(mode):
             return self._write(fd, lines, sys.maxsize, deadline)
         with _alone(fd, deadline):
             return self._write(fd, lines, select.PIPE_BUF, deadline)
