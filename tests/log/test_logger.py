@@ -199,6 +199,22 @@ def test_what_needs_a_closer_look_is_a_record_with_its_caller(
     assert len(lines(handler, stream)) == 1
 
 
+def test_whoever_calls_is_who_is_named(logger: DirectLogger, records: list[logging.LogRecord]) -> None:
+    def helper() -> None:
+        logger.warning("%s", [], stacklevel=2)
+
+    def test_whoever_calls() -> None:
+        helper()
+        try:
+            raise ValueError("x")
+        except ValueError:
+            logger.exception("failed")
+        logger.log(logging.INFO, "hello")
+
+    test_whoever_calls()
+    assert [record.funcName for record in records] == ["test_whoever_calls"] * 3
+
+
 def test_mutable_fields_are_shown_as_they_are_at_each_call(
     logger: DirectLogger, handler: LogHandler, stream: io.StringIO
 ) -> None:
@@ -255,6 +271,33 @@ def test_filters_and_formatters_have_their_say(
     handler.flush()
     assert stream.getvalue().splitlines()[-1] == "text"
     assert len(records) == 3
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error", "critical"])
+def test_each_level_has_its_own_method(
+    logger: DirectLogger, handler: LogHandler, stream: io.StringIO, records: list[logging.LogRecord], level: str
+) -> None:
+    logger.setLevel(logging.DEBUG)
+    getattr(logger, level)("hello")
+    logger.disabled = True
+    getattr(logger, level)("not this")
+    assert [line["severity"] for line in lines(handler, stream)] == [level.upper()]
+    assert records == []
+
+
+def test_what_arguments_log_while_they_are_shown_is_written_too(
+    logger: DirectLogger, handler: LogHandler, stream: io.StringIO
+) -> None:
+    class Talkative:
+        def __str__(self) -> str:
+            logger.info("inside")
+            logger.info("%s", self)
+            return "done"
+
+    logger.info("%s", Talkative())
+    assert [line["message"] for line in lines(handler, stream)][:2] == ["inside", "done"]
+    assert handler.stats.dropped == {"INFO": 1}
+    assert handler.stats.emitted == 3
 
 
 def test_every_handler_hears_what_it_wants(handler: LogHandler, stream: io.StringIO) -> None:

@@ -40,7 +40,7 @@ class DirectLogger(logging.Logger):
     """A logger that hands its lines to a `LogHandler` that is alone to hear them, and is else as any other.
 
     Where there are filters, another handler, a formatter, a record factory, an `extra`, an exception or an argument
-    that is not plain, it makes the record that it always made.
+    that is not plain, it makes the record that it always made; so it does for `log`, whose level may be any.
     """
 
     debug = _logging_at(logging.DEBUG)
