@@ -16,6 +16,7 @@ from random import Random
 import anyio
 import msgspec
 
+from benchmarks import disk
 from benchmarks.comparisons import PLANS, STORMS
 from benchmarks.measure import compare, overload
 from benchmarks.process import RivalError, keep_off_the_first_core
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    names = [each.name for each in (*PLANS, *STORMS)]
+    names = [*(each.name for each in (*PLANS, *STORMS)), "disk"]
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=names, help="run one comparison")
     parser.add_argument("--seconds", type=float, default=45, help="of measuring in a comparison (%(default)s)")
@@ -69,7 +70,11 @@ def _measure(arguments: argparse.Namespace) -> Results:
         for storm in storms:
             _say(storm.title)
             overloads.append(overload(storm, random, environment))
-    return Results(_machine(), _versions(), arguments.seed, comparisons, overloads)
+    disks = []
+    if arguments.only == "disk":  # two minutes, for what no change of a percent is seen in
+        _say(disk.TITLE)
+        disks = disk.measure(random)
+    return Results(_machine(), _versions(), arguments.seed, comparisons, overloads, disks)
 
 
 @contextmanager

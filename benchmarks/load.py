@@ -145,6 +145,16 @@ def run_open(port: int, path: str, phases: Sequence[Sequence[float]], deadline: 
     return uvloop.run(_OpenLoop(port, _request(path), deadline).run(phases))
 
 
+def run_side_by_side(ports: Sequence[int], path: str, instants: Sequence[float], deadline: float) -> list[list[Answer]]:
+    """Send a request to each of several servers at each of the given instants, as `run_open` does to one."""
+
+    async def run() -> list[list[Answer]]:
+        loops = [_OpenLoop(port, _request(path), deadline) for port in ports]
+        return [answers for [answers] in await asyncio.gather(*(loop.run([instants]) for loop in loops))]
+
+    return uvloop.run(run())
+
+
 class _OpenLoop:
     def __init__(self, port: int, request: bytes, deadline: float) -> None:
         self._port, self._request, self._deadline = port, request, deadline

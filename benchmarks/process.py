@@ -50,8 +50,10 @@ class Server:
 
     def __init__(self, factory: str, directory: Path, environment: dict[str, str]) -> None:
         self._log = directory / "stderr.txt"
-        # A machine of its own, as it were: in-process caches look for others that use the same database.
-        own = {"PYTHONPATH": str(Path(__file__).parent.parent), "TMPDIR": str(directory)}
+        root = Path(__file__).parent.parent
+        # The tree this stands in, whatever is installed; and a machine of its own, as it were: in-process caches look
+        # for others that use the same database.
+        own = {"PYTHONPATH": os.pathsep.join((str(root), str(root / "src"))), "TMPDIR": str(directory)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.server", factory],

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from benchmarks.estimate import Estimate, speed, verdict
-from benchmarks.results import Comparison, Entry, Overload, OverloadEntry, Phase, Results
+from benchmarks.results import Comparison, DiskState, Entry, Overload, OverloadEntry, Phase, Results
 
 COLUMNS = 110
 #: Of a table's columns, those a name may take: what the numbers leave.
@@ -80,6 +80,7 @@ def table(results: Results) -> str:
             _head(results),
             *map(_comparison_table, results.comparisons),
             *map(_overload_table, results.overloads),
+            *map(_disk_table, results.disks),
         )
         for line in (*block, "")
     )
@@ -231,6 +232,29 @@ def _overload_table(overload: Overload) -> Iterator[str]:
         ["", "load", "offered/s", "good", "refused", "late", "p50 ms", "p99 ms", "lag p99 ms"],
         rows,
     )
+
+
+def _disk_table(state: DiskState) -> Iterator[str]:
+    yield from _wrapped(
+        f"Five log lines a request into a pipe, reader: {state.name}, {state.seconds:g} s (answered: share of requests "
+        "answered within a second; vs: the same, and their 99th percentile, as a multiple of the first's)",
+        "  ",
+    )
+    baseline = state.entries[0]
+    rows = [
+        [
+            entry.name,
+            f"{entry.answered:.1%}",
+            f"{entry.answered / baseline.answered:.2f}",
+            _milliseconds(entry.p99),
+            "-" if entry.p99 is None or baseline.p99 is None else _number(entry.p99 / baseline.p99),
+            f"{1e6 * entry.call:.1f}",
+            f"{1e6 * entry.call_p999:.0f}",
+            f"{1e3 * entry.longest_call:.1f}",
+        ]
+        for entry in state.entries
+    ]
+    yield from _aligned(["", "answered", "vs", "p99 ms", "vs", "call µs", "99.9 % µs", "longest ms"], rows)
 
 
 def _failed(reason: str) -> str:

@@ -89,6 +89,28 @@ class OverloadEntry(Struct, frozen=True):
     failure: str | None = None
 
 
+class DiskEntry(Struct, frozen=True):
+    """What one rival did while its log was read in some way; durations in seconds."""
+
+    name: str
+    ours: bool
+    #: The share of requests that were answered in time, and the 99th percentile of their latencies.
+    answered: float
+    p99: float | None
+    #: What a log call took its caller: the median, the 99.9th percentile, the longest.
+    call: float
+    call_p999: float
+    longest_call: float
+
+
+class DiskState(Struct, frozen=True):
+    """One way in which logs are read, and for how many seconds."""
+
+    name: str
+    seconds: float
+    entries: list[DiskEntry]
+
+
 class Results(Struct, frozen=True):
     """A whole run."""
 
@@ -97,3 +119,4 @@ class Results(Struct, frozen=True):
     seed: int
     comparisons: list[Comparison]
     overloads: list[Overload]
+    disks: list[DiskState] = []

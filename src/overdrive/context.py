@@ -143,7 +143,7 @@ _unbound_fields: ContextVar[dict[str, Any]] = ContextVar("overdrive_fields", def
 
 
 #: Returns the request being served here, if one is.
-current = _request.get
+current: Callable[[], RequestContext | None] = _request.get
 #: What `serving` does, without what that costs each request.
 serve, serve_no_more = _request.set, _request.reset
 

@@ -11,13 +11,14 @@ import msgspec
 import psutil
 import pytest
 
-from benchmarks import measure
+from benchmarks import disk, measure
 from benchmarks.comparisons import PLANS, STORMS, Plan, Rival
 from benchmarks.measure import FEWEST_ROUNDS, compare
 from benchmarks.process import RivalError
 from benchmarks.results import Claim, Results
 
 FASTAPI = Rival("FastAPI", "plain_fastapi:constant", "/constant")
+STALLED = {"disk_log:file_handler", "disk_log:direct"}
 ROOT = Path(__file__).parents[2]
 #: A run with rivals that are started twice, and warm at once.
 RUN = "from benchmarks import __main__ as run, measure; measure.CASTS = 2; measure._WARM_UP = 0.01; run.main()"
@@ -80,3 +81,11 @@ def test_names_are_unique_and_claims_are_about_rivals_there_are() -> None:
         names = [rival.name for rival in plan.rivals]
         assert len(set(names)) == len(names)
         assert {name for claim in plan.claims for name in (claim.entry, claim.against)} <= set(names)
+
+
+def test_a_log_whose_reader_stops_is_told_by_who_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "RIVALS", [each for each in disk.RIVALS if each.factory in STALLED])
+    monkeypatch.setattr(disk, "_STATES", [("stopped", 0, 2)])
+    [state] = disk.measure(Random(1))
+    assert max(state.entries, key=lambda entry: entry.longest_call).name == "logging FileHandler"
+    assert all(0 < entry.answered <= 1 for entry in state.entries)

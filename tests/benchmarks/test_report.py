@@ -10,7 +10,18 @@ import pytest
 
 from benchmarks.estimate import speed, verdict
 from benchmarks.report import COLUMNS, picture, table
-from benchmarks.results import Claim, Comparison, Entry, Overload, OverloadEntry, Phase, Results, Round
+from benchmarks.results import (
+    Claim,
+    Comparison,
+    DiskEntry,
+    DiskState,
+    Entry,
+    Overload,
+    OverloadEntry,
+    Phase,
+    Results,
+    Round,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -386,3 +397,16 @@ def test_the_head_has_what_the_numbers_depend_on() -> None:
 def test_the_same_results_make_the_same_report() -> None:
     assert picture(_results()) == picture(_results())
     assert table(_results()) == table(_results())
+
+
+def test_a_disk_is_a_table_of_ratios() -> None:
+    entries = [
+        DiskEntry("logging off", False, 1.0, 0.002, 1e-6, 2e-6, 1e-3),
+        DiskEntry("logging FileHandler", False, 0.02, None, 2e-5, 9e-3, 59.5),
+        DiskEntry("Overdrive log_directly", True, 0.99, 0.003, 5e-6, 1e-4, 2e-3),
+    ]
+    results = msgspec.structs.replace(_results(), disks=[DiskState("stopped", 60, entries)])
+    block = _block(table(results), "Five log lines a request into a pipe, reader: stopped, 60 s")
+    assert _row(block, "logging off") == ["100.0%", "1.00", "2.00", "1.00", "1.0", "2", "1.0"]
+    assert _row(block, "logging FileHandler") == ["2.0%", "0.02", "-", "-", "20.0", "9000", "59500.0"]
+    assert _row(block, "Overdrive log_directly") == ["99.0%", "0.99", "3.00", "1.50", "5.0", "100", "2.0"]

@@ -7,7 +7,11 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -20,7 +24,19 @@ from overdrive.log.event import END, encode, encode_event, encode_plain, line_en
 from overdrive.log.handler import LogHandler
 from overdrive.log.logger import DirectLogger, log_directly, log_event
 
-plain_values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters()))
+plain_values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(st.characters()),
+    st.binary(),
+    st.decimals(),
+    st.uuids(),
+    st.dates(),
+    st.timedeltas(),
+    st.datetimes(timezones=st.sampled_from([None, UTC, ZoneInfo("Europe/Berlin")])),
+)
 contexts = st.one_of(
     st.none(),
     st.builds(
@@ -36,6 +52,13 @@ contexts = st.one_of(
 class Unprintable:
     def __str__(self) -> str:
         raise ValueError("no text")
+
+
+class Zone(tzinfo):
+    """A zone that anybody may have written."""
+
+    def utcoffset(self, _moment: datetime | None) -> timedelta:
+        return timedelta(0)
 
 
 @pytest.fixture
@@ -86,12 +109,20 @@ def test_a_plain_line_is_what_encode_returns(
     end = END if context is None else line_end(context)
     assert end is not None
     expected = encode(record, context, context.fields if context is not None else {})
-    line = encode_plain(1_700_000_000_250_000, "app", logging.INFO, record.msg, record.args, end)
+    line = encode_plain(1700000000.25, "app", logging.INFO, record.msg, record.args, end)
     assert line in (None, expected)
 
 
 @pytest.mark.parametrize(
-    ("message", "args"), [("hello", ()), ("%s %d %.2f", ("a", 3, 1.5)), ('a "quoted"\n\x1b line', ()), ("%r", (None,))]
+    ("message", "args"),
+    [
+        ("hello", ()),
+        ("%s %d %.2f", ("a", 3, 1.5)),
+        ('a "quoted"\n\x1b line', ()),
+        ("%r", (None,)),
+        ("Grüße an %s", ("日本",)),
+        ("%s %s %s", (UUID(int=1), Decimal("1.50"), datetime(2026, 1, 1, tzinfo=UTC))),
+    ],
 )
 def test_texts_and_numbers_need_no_closer_look(message: str, args: tuple[Any, ...]) -> None:
     assert encode_plain(0, "app", logging.INFO, message, args, END) is not None
@@ -106,7 +137,7 @@ def test_an_event_is_what_encode_returns(context: RequestContext | None, status:
     record = record_of("%s", (summary(context),))
     record.created = 1700000000.25
     record.event = RequestEvent.of(context)
-    line = encode_event(1_700_000_000_250_000, "app", context)
+    line = encode_event(1700000000.25, "app", context)
     assert line is None or json.loads(line) == json.loads(encode(record, context, {}))
 
 
@@ -143,8 +174,10 @@ def test_no_record_is_made_for_a_plain_line(
         (("%d", "x"), {}),
         (("%c", 2**40), {}),
         (("%(a)s", {"a": 1}), {}),
-        (("é",), {}),
+        (("é\x85",), {}),
+        (("\u2028",), {}),
         (("\ud800",), {}),
+        (("%s", datetime(2026, 1, 1, tzinfo=Zone())), {}),
         (("\x7f",), {}),
         ((Unprintable(),), {}),
         (("hello",), {"extra": {"user": 1}}),
@@ -165,6 +198,22 @@ def test_what_needs_a_closer_look_is_a_record_with_its_caller(
         ("test_logger.py", "test_what_needs_a_closer_look_is_a_record_with_its_caller")
     ]
     assert len(lines(handler, stream)) == 1
+
+
+def test_whoever_calls_is_who_is_named(logger: DirectLogger, records: list[logging.LogRecord]) -> None:
+    def helper() -> None:
+        logger.warning("%s", [], stacklevel=2)
+
+    def test_whoever_calls() -> None:
+        helper()
+        try:
+            raise ValueError("x")
+        except ValueError:
+            logger.exception("failed")
+        logger.log(logging.INFO, "hello")
+
+    test_whoever_calls()
+    assert [record.funcName for record in records] == ["test_whoever_calls"] * 3
 
 
 def test_mutable_fields_are_shown_as_they_are_at_each_call(
@@ -223,6 +272,33 @@ def test_filters_and_formatters_have_their_say(
     handler.flush()
     assert stream.getvalue().splitlines()[-1] == "text"
     assert len(records) == 3
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warning", "error", "critical"])
+def test_each_level_has_its_own_method(
+    logger: DirectLogger, handler: LogHandler, stream: io.StringIO, records: list[logging.LogRecord], level: str
+) -> None:
+    logger.setLevel(logging.DEBUG)
+    getattr(logger, level)("hello")
+    logger.disabled = True
+    getattr(logger, level)("not this")
+    assert [line["severity"] for line in lines(handler, stream)] == [level.upper()]
+    assert records == []
+
+
+def test_what_arguments_log_while_they_are_shown_is_written_too(
+    logger: DirectLogger, handler: LogHandler, stream: io.StringIO
+) -> None:
+    class Talkative:
+        def __str__(self) -> str:
+            logger.info("inside")
+            logger.info("%s", self)
+            return "done"
+
+    logger.info("%s", Talkative())
+    assert [line["message"] for line in lines(handler, stream)][:2] == ["inside", "done"]
+    assert handler.stats.dropped == {"INFO": 1}
+    assert handler.stats.emitted == 3
 
 
 def test_every_handler_hears_what_it_wants(handler: LogHandler, stream: io.StringIO) -> None:

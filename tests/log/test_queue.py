@@ -74,7 +74,7 @@ def test_who_wakes_the_writer() -> None:
     buffer.take(1024)
     assert buffer.rest()
     assert buffer.put(logging.INFO, b"first again")
-    woken = [buffer.put(logging.INFO, b"x" * 1024) for _ in range(96)]
+    woken = [buffer.put(logging.INFO, b"x" * 1024) for _ in range(128)]
     assert sum(woken) == 1
 
 

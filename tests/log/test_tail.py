@@ -8,11 +8,15 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import httpx2
 import pytest
@@ -24,6 +28,7 @@ from overdrive import Overdrive
 from overdrive.context import Outcome, RequestContext, bind, serving
 from overdrive.errors import ConfigurationError
 from overdrive.log import tail as tail_module
+from overdrive.log.event import plain_size
 from overdrive.log.handler import LogHandler
 from overdrive.log.logger import DirectLogger
 from overdrive.log.tail import Tail, end_tails
@@ -164,6 +169,36 @@ def test_the_oldest_lines_make_room_and_are_told_of(log: Log) -> None:
     assert [line["reasons"] for line in log.lines if "dropped" in line] == [{"tail": 1000 - len(numbers)}]
 
 
+def test_messages_count_as_much_as_their_arguments(log: Log) -> None:
+    with serving(request()) as context:
+        for number in range(100):
+            log.logger.debug(f"{number} " + "x" * 10_000)
+        end(context, "error")
+    assert [int(message.split()[0]) for message in log.messages if message[0].isdigit()] == list(range(94, 100))
+
+
+@pytest.mark.parametrize("size", [63, 64 * 1024, 2**20])
+@pytest.mark.parametrize(
+    "make",
+    [lambda size: "x" * size, bytes, lambda size: 2 ** (8 * size), lambda size: Decimal((0, (1,) * 3 * size, 0))],
+)
+def test_an_argument_counts_as_much_as_it_takes(make: Callable[[int], object], size: int) -> None:
+    counted = plain_size("%.10s", (make(size),))
+    assert counted is not None
+    assert counted >= size
+
+
+def test_what_cannot_change_is_held_as_it_is(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = (UUID(int=7), Decimal("1.50"), datetime(2026, 1, 2, tzinfo=UTC), date(2026, 1, 2), b"x", 1.5, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(UUID, "__str__", lambda _: pytest.fail("formatted"))
+        with serving(request()) as context:
+            log.logger.debug("%s %s %s %s %s %s %s", *values)
+    end(context, "error")
+    [message] = log.messages
+    assert message == " ".join(map(str, values))
+
+
 def test_with_a_formatter_text_is_held(log: Log) -> None:
     log.handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     with serving(request()) as context:
@@ -214,7 +249,10 @@ def test_a_line_that_comes_between_the_verdict_and_the_end_is_not_forgotten(log:
 def test_every_line_is_kept_let_go_or_lost(lines: list[tuple[int, int]], failed: bool) -> None:
     kept: list[int] = []
     sampled, lost = Counter[int](), Counter[int]()
-    tail = Tail(None, lambda level, _: kept.append(level), sampled.update, lost.update)
+    keeper = SimpleNamespace(
+        slow=None, keep=lambda level, _: kept.append(level), sample=sampled.update, lose=lost.update
+    )
+    tail = Tail(keeper)
     for level, size in lines:
         tail.hold(level, b"", size)
         assert tail._size <= tail_module._MAX_BYTES

@@ -116,7 +116,7 @@ def test_lines_gather_for_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     writer.close(5)
 
 
-@pytest.mark.parametrize(("level", "line"), [(ERROR, b"a\n"), (INFO, b"x" * 80_000 + b"\n")])
+@pytest.mark.parametrize(("level", "line"), [(ERROR, b"a\n"), (INFO, b"x" * (MEBIBYTE // 8) + b"\n")])
 def test_an_error_and_a_lot_are_not_left_to_the_tick(level: int, line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "_TICK", 3600.0)
     gate = Gate()

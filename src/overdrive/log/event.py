@@ -13,11 +13,14 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from functools import lru_cache
 from operator import attrgetter
 from sys import getsizeof
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -42,11 +45,14 @@ STANDARD = frozenset(
     {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"},
 )
 
-#: Types whose values cannot change, and whose text is no code of anybody's.
-_PLAIN = frozenset({str, int, float, bool, type(None)})
+#: Types whose values cannot change, and whose text is no code of anybody's but Python's; and zones of such moments.
+_PLAIN = frozenset({str, int, float, bool, type(None), bytes, Decimal, UUID, date, timedelta})
 _DIGITS = [b"%03d" % number for number in range(1000)]
+_ZONES = frozenset({type(None), timezone, ZoneInfo})
+#: Characters of a text, and bits of a number, up to which it is not worth finding out what it takes; what it then
+#: counts for, in bytes.
+_SHORT = 64
 _DELETE = 0x7F
-_MESSAGE = b'"message":'
 #: The end of a line that belongs to no request.
 END = b"}\n"
 
@@ -94,14 +100,14 @@ def encode(
     return json_line(line)
 
 
-def encode_plain(created: int, name: str, level: int, message: object, args: object, end: bytes) -> bytes | None:
+def encode_plain(created: float, name: str, level: int, message: object, args: object, end: bytes) -> bytes | None:
     """Return the line that `encode` returns for a record of these, in a fraction of its time.
 
-    created: microseconds since the epoch.
+    created: seconds since the epoch.
     args: what a record has; no code of theirs is run.
     end: what `line_end` returns.
 
-    None for anything but texts and numbers in ASCII: those are for `encode`.
+    None for anything but texts and numbers, and for text beyond ASCII that is not printable: those are for `encode`.
     """
     if type(message) is not str:
         return None
@@ -110,16 +116,16 @@ def encode_plain(created: int, name: str, level: int, message: object, args: obj
             if type(args) is not tuple:
                 return None
             for arg in args:
-                if type(arg) not in _PLAIN:
+                if type(arg) not in _PLAIN and not _is_plain_moment(arg):
                     return None
             message %= args
-    except Exception:  # the format does not match
+        if ("\x7f" in message or not message.isascii()) and not message.isprintable():
+            return None
+        millis, micros = divmod(round(created * 1_000_000), 1000)
+        middle = _middle(name, logging.getLevelName(level))
+        return b"".join((_start(millis), _DIGITS[micros], middle, _encode(message), end))
+    except Exception:  # the format does not match, or it is no moment of our calendar
         return None
-    if not message.isascii() or "\x7f" in message:
-        return None
-    second, micros = divmod(created, 1_000_000)
-    middle = _middle(name, logging.getLevelName(level))
-    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], middle, _encode(message), end))
 
 
 def line_end(context: RequestContext) -> bytes | None:
@@ -127,7 +133,7 @@ def line_end(context: RequestContext) -> bytes | None:
     if context.log_end is None:
         line: dict[str, Any] = _ids(context)
         if context.fields:
-            if any(type(value) not in _PLAIN for value in context.fields.values()):
+            if any(type(value) not in _PLAIN and not _is_plain_moment(value) for value in context.fields.values()):
                 return None
             _add(line, context.fields)
         context.log_end = b"," + json_line(line)[1:]
@@ -136,33 +142,47 @@ def line_end(context: RequestContext) -> bytes | None:
 
 def plain_size(message: object, args: object) -> int | None:
     """Return the bytes that keeping these takes; None where they may change, or run code of their own."""
-    if type(message) is not str or (args and type(args) is not tuple):
+    if type(message) is not str:
         return None
-    size = 0
-    for arg in args:  # type: ignore[attr-defined]
-        kind = type(arg)
-        if kind is str or kind is int:
-            size += getsizeof(arg)
-        elif kind not in _PLAIN:
+    size = getsizeof(message) if len(message) > _SHORT else 0
+    if args:
+        if type(args) is not tuple:
             return None
+        size += _SHORT * len(args)
+        for arg in args:
+            kind = type(arg)
+            if kind is str:
+                if len(arg) > _SHORT:
+                    size += getsizeof(arg)
+            elif kind is int:
+                if arg.bit_length() > _SHORT:
+                    size += getsizeof(arg)
+            elif kind in _PLAIN or _is_plain_moment(arg):
+                size += getsizeof(arg)
+            else:
+                return None
     return size
 
 
-def encode_held(level: int, line: Plain) -> bytes:
+def _is_plain_moment(value: object) -> bool:
+    return type(value) is datetime and type(value.tzinfo) in _ZONES
+
+
+def encode_held(line: Plain) -> bytes:
     """Return the line that is due now for one that was held."""
-    created, name, message, args, end = line
+    created, name, level, message, args, end = line
     encoded = encode_plain(created, name, level, message, args, end)
     if encoded is None:
         record = logging.LogRecord(name, level, "", 0, message, args, None)
-        record.created = created / 1_000_000
+        record.created = created
         encoded = encode(record, None, {}).removesuffix(END) + end
     return encoded
 
 
-def encode_event(created: int, name: str, context: RequestContext) -> bytes | None:
+def encode_event(created: float, name: str, context: RequestContext) -> bytes | None:
     """Return the line that `encode` returns for a record of the event of `context`, its ids behind the rest.
 
-    created: microseconds since the epoch.
+    created: seconds since the epoch.
 
     None where a field is not plain, or is called as one of the event's own.
     """
@@ -175,9 +195,9 @@ def encode_event(created: int, name: str, context: RequestContext) -> bytes | No
         return None
     if not body.isascii() or _DELETE in body:
         return None
-    second, micros = divmod(created, 1_000_000)
-    start = _middle(name, "INFO").removesuffix(_MESSAGE)
-    return b"".join((_start(second), _DIGITS[micros // 1000], _DIGITS[micros % 1000], start, body[1:-1], end))
+    millis, micros = divmod(round(created * 1_000_000), 1000)
+    middle = _event_middle(name, logging.getLevelName(logging.INFO))
+    return b"".join((_start(millis), _DIGITS[micros], middle, body[1:-1], end))
 
 
 def event_fields(context: RequestContext) -> dict[str, Any]:
@@ -255,14 +275,19 @@ def _add(line: dict[str, Any], fields: Mapping[Any, Any]) -> None:
 
 
 @lru_cache(maxsize=4)
-def _start(second: int) -> bytes:
-    return b'{"timestamp":"%b.' % _second(second).encode()
+def _start(millis: int) -> bytes:
+    return b'{"timestamp":"%b.%03d' % (_second(millis // 1000).encode(), millis % 1000)
 
 
 @lru_cache(maxsize=1024)
 def _middle(name: str, level: str) -> bytes:
     fields = json_line({"severity": level, "logger": name, "message": ""})
     return b'Z",' + fields.removeprefix(b"{").removesuffix(b'""}\n')
+
+
+@lru_cache(maxsize=16)
+def _event_middle(name: str, level: str) -> bytes:
+    return _middle(name, level).removesuffix(b'"message":')
 
 
 def _timestamp(created: float) -> str | None:

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, TextIO
 
@@ -35,6 +34,7 @@ from .writer import Dropped, FileSink, PrettySink, Sink, StreamSink, Writer
 #: Seconds `flush` and `close` wait for a stalled sink.
 _TIMEOUT = 2.0
 
+_WARNING = logging.WARNING
 
 #: What every record has; a record with more has an `extra`, or what another handler has left on it.
 _ATTRIBUTES = len(vars(logging.makeLogRecord({})))
@@ -112,7 +112,7 @@ class LogHandler(logging.Handler):
         self._writer = Writer(sink, max_bytes, self._notice, block)
         self._encoding = _Encoding()
         self._tail = tail is not None
-        self._slow = slow
+        self.slow = slow
         shape = Shape(names or {}, redact, redact_patterns)
         self._shape = shape if shape else None
 
@@ -127,17 +127,21 @@ class LogHandler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Emit `record` unless a filter rejects it; return whether none did."""
-        kept: bool | logging.LogRecord = self.filter(record)
-        if kept:  # since Python 3.12 it may be another record
-            self.emit(kept if isinstance(kept, logging.LogRecord) else record)
-        return bool(kept)
+        if self.filters:
+            kept: bool | logging.LogRecord = self.filter(record)
+            if not kept:
+                return False
+            if isinstance(kept, logging.LogRecord):  # since Python 3.12 it may be another record
+                record = kept
+        self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Encode `record` and leave it to the writer."""
+        if self._put_simple(record):
+            return
         if self._encoding.active or self._writer.is_writing:
             self._writer.drop(record.levelno, "recursion")
-            return
-        if self._is_prepared() and self._put_simple(record):
             return
         self._encoding.active = True
         try:
@@ -153,28 +157,51 @@ class LogHandler(logging.Handler):
         else:
             self._writer.put(record.levelno, line)
 
-    def put_plain(self, name: str, level: int, message: object, args: object) -> bool:
+    def put_plain(self, created: float, name: str, level: int, message: Any, args: Any) -> bool:
         """Write the line that a record of these would get, if it is a simple one; return whether it is.
 
-        For loggers that would make the record for this handler alone.
+        created: seconds since the epoch.
+
+        Filters are not asked, as there is no record.
         """
-        if self.filters or not self._is_prepared():
+        context = current()
+        end = (None if bound() else END) if context is None else context.log_end or line_end(context)
+        if end is None or not self._is_prepared():
             return False
-        return self._put_plain(time.time_ns() // 1000, name, level, message, args)
+        if self._tail and level < _WARNING and context is not None and (tails := context.tails) is not None:
+            size = plain_size(message, args)
+            if size is None:
+                return False
+            tail = tails.get(self) or self._tail_of(context)
+            tail.hold(level, (created, name, level, message, args, end), size)
+            return True
+        line = encode_plain(created, name, level, message, args, end)
+        if line is None:
+            return False
+        self._writer.put(level, line)
+        return True
 
     def put_event(self, name: str, context: RequestContext) -> bool:
         """Write the event of `context` as the logger called `name` would; return whether that can be done here."""
-        if self.filters or not self._is_prepared():
+        if not self._is_prepared():
             return False
-        line = encode_event(time.time_ns() // 1000, name, context)
+        line = encode_event(time.time(), name, context)
         if line is None:
             return False
         self._writer.put(logging.INFO, line)
         return True
 
-    def sample(self, levels: Counter[int]) -> None:
+    def sample(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that were let go on purpose."""
         self._writer.sample(levels)
+
+    def keep(self, level: int, line: Plain | bytes) -> None:
+        """Write a line that was held."""
+        self._writer.put(level, line if isinstance(line, bytes) else encode_held(line))
+
+    def lose(self, levels: Mapping[int, int]) -> None:
+        """Count lines, by level number, that were held and had to make room for later ones of their request."""
+        self._writer.lose(levels)
 
     def flush(self) -> None:
         """Wait until what was logged so far is written, at most 2 seconds."""
@@ -200,45 +227,23 @@ class LogHandler(logging.Handler):
                 return False
             if record.levelname != logging.getLevelName(record.levelno):
                 return False
-            created = round(record.created * 1_000_000)
-            return self._put_plain(created, record.name, record.levelno, record.msg, record.args)
+            return self.put_plain(record.created, record.name, record.levelno, record.msg, record.args)
         except Exception:  # it is not what it should be
             return False
 
-    def _put_plain(self, created: int, name: str, level: int, message: Any, args: Any) -> bool:
-        context = current()
-        end = (None if bound() else END) if context is None else context.log_end or line_end(context)
-        if end is None:
-            return False
-        if self._tail and level < logging.WARNING and context is not None and (tails := context.tails) is not None:
-            size = plain_size(message, args)
-            if size is None:
-                return False
-            tail = tails.get(self) or self._tail_of(context)
-            tail.hold(level, (created, name, message, args, end), size)
-            return True
-        line = encode_plain(created, name, level, message, args, end)
-        if line is None:
-            return False
-        self._writer.put(level, line)
-        return True
-
     def _holds(self, level: int, context: RequestContext) -> bool:
-        return self._tail and level < logging.WARNING and context.tails is not None
+        return self._tail and level < _WARNING and context.tails is not None
 
     def _tail_of(self, context: RequestContext) -> Tail:
         tails = context.tails
         tail: Tail | None = tails.get(self) if tails is not None else None
         if tail is None:
-            tail = Tail(self._slow, self._keep, self._writer.sample, self._writer.lose)
+            tail = Tail(self)
             if tails is not None:
                 tails[self] = tail
             if context.tails is None:  # it has just ended
                 tail.end(context)
         return tail
-
-    def _keep(self, level: int, line: Plain | bytes) -> None:
-        self._writer.put(level, line if isinstance(line, bytes) else encode_held(level, line))
 
     def _is_prepared(self) -> bool:
         """Say whether lines may be joined from prepared parts: JSON as it is here, and no span to look up."""

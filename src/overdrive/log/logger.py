@@ -7,8 +7,8 @@ of twenty-two attributes. Neither is in a line of JSON.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from time import time
 from typing import Any, Protocol
 
 from overdrive.context import RequestContext
@@ -23,28 +23,31 @@ _handle, _call_handlers, _make_record = _Logger.handle, _Logger.callHandlers, _L
 _is_stock = all(each.__module__ == "logging" for each in (_handle, _call_handlers, _make_record))
 
 
+def _logging_at(level: int) -> Callable[..., None]:
+    def log(self: logging.Logger, msg: object, *args: object, **options: Any) -> None:
+        if self.isEnabledFor(level):
+            handler = None if options else sole_handler(self, level)
+            if handler is not None and handler.put_plain(time(), self.name, level, msg, args):
+                return
+            # Who called is whoever called this.
+            options["stacklevel"] = options.get("stacklevel", 1) + 1
+            self._log(level, msg, args, **options)
+
+    return log
+
+
 class DirectLogger(logging.Logger):
     """A logger that hands its lines to a `LogHandler` that is alone to hear them, and is else as any other.
 
     Where there are filters, another handler, a formatter, a record factory, an `extra`, an exception or an argument
-    that is not plain, it makes the record that it always made.
+    that is not plain, it makes the record that it always made; so it does for `log`, whose level may be any.
     """
 
-    def _log(
-        self,
-        level: int,
-        msg: object,
-        args: Any,
-        exc_info: Any = None,
-        extra: Any = None,
-        stack_info: bool = False,
-        stacklevel: int = 1,
-    ) -> None:
-        if not (exc_info or extra or stack_info):
-            handler = sole_handler(self, level)
-            if handler is not None and handler.put_plain(self.name, level, msg, args):
-                return
-        super()._log(level, msg, args, exc_info, extra, stack_info, stacklevel + 1)
+    debug = _logging_at(logging.DEBUG)
+    info = _logging_at(logging.INFO)
+    warning = _logging_at(logging.WARNING)
+    error = _logging_at(logging.ERROR)
+    critical = _logging_at(logging.CRITICAL)
 
 
 def log_directly() -> None:
@@ -77,7 +80,7 @@ def let_event_go(logger: logging.Logger) -> None:
     """Count an event that is not logged, on each `LogHandler` that would have had it."""
     for handler in _heard(logger, logging.INFO):
         if isinstance(handler, LogHandler):
-            handler.sample(Counter({logging.INFO: 1}))
+            handler.sample({logging.INFO: 1})
 
 
 def bind_event(logger: BindingLogger, context: RequestContext) -> None:
@@ -103,7 +106,7 @@ def sole_handler(logger: logging.Logger, level: int) -> LogHandler | None:
     while ancestor is not None:  # what `_heard` yields; a generator would take twice as long, for every line
         for handler in ancestor.handlers:
             if level >= handler.level and type(handler) is not logging.NullHandler:
-                if found is not None or type(handler) is not LogHandler:
+                if found is not None or type(handler) is not LogHandler or handler.filters:
                     return None
                 found = handler
         ancestor = ancestor.parent if ancestor.propagate else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +19,7 @@ Line = tuple[int, bytes]
 
 #: Bytes a line takes besides its text: two objects' headers and a slot. Short lines are bounded by them.
 _OVERHEAD = 128
-#: Bytes from which the writer is not left to its tick.
-_EARLY = 64 * 1024
+_ERROR = logging.ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,8 @@ class Buffer:
     def __init__(self, max_bytes: int) -> None:
         self._limit = max_bytes
         self._limit_below_error = max_bytes - max_bytes // 8
+        #: Bytes from which the writer is not left to its tick.
+        self._early = max_bytes // 8
         self.reset()
 
     def reset(self) -> None:
@@ -90,14 +91,16 @@ class Buffer:
 
     def put(self, level: int, line: bytes) -> bool:
         """Append `line`, or drop it where there is no room. Return whether the writer must be woken."""
-        cost = len(line) + _OVERHEAD
-        size = self._size + cost
-        if size > self._limit_below_error and (level < logging.ERROR or size > self._limit):
+        size = self._size + len(line) + _OVERHEAD
+        if size < self._early and level < _ERROR:
+            self._size = size
+            self._lines.append((level, line))
+        elif size > self._limit_below_error and (level < _ERROR or size > self._limit):
             self.drop(level, "full")
         else:
             self._size = size
             self._lines.append((level, line))
-            if (size >= _EARLY or level >= logging.ERROR) and not self.urgent:
+            if not self.urgent:
                 self.urgent = True
                 return True
         if self.idle:
@@ -116,10 +119,11 @@ class Buffer:
         with self._lock:
             self._dropped[reason, level] += count
 
-    def sample(self, levels: Counter[int]) -> None:
+    def sample(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that were let go on purpose."""
         with self._lock:
-            self._sampled += levels
+            for level, count in levels.items():
+                self._sampled[level] += count
 
     def take(self, max_bytes: int) -> list[Line]:
         """Remove and return the oldest lines, up to the one that reaches `max_bytes`. Settle them after."""

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import suppress
-from operator import itemgetter
+from collections.abc import Mapping
+from threading import RLock
+from typing import Protocol
 
 from overdrive.context import RequestContext
 
@@ -18,39 +17,42 @@ _MAX_BYTES = 64 * 1024
 _OVERHEAD = 256
 
 
-#: A line that is not encoded yet, as nothing in it can change: microseconds since the epoch, the logger's name,
+#: A line that is not encoded yet, as nothing in it can change: seconds since the epoch, the logger's name, level,
 #: message and arguments, and the end of the line, with what was bound when it was logged.
-Plain = tuple[int, str, str, tuple[object, ...], bytes]
+Plain = tuple[float, str, int, str, tuple[object, ...], bytes]
 
-_Held = tuple[int, Plain | bytes, int]
-_level_of: Callable[[_Held], int] = itemgetter(0)
+
+class Keeper(Protocol):
+    """Who decides for how long, and takes what comes of it."""
+
+    #: Seconds from which a request counts as slow.
+    slow: float | None
+
+    def keep(self, level: int, line: Plain | bytes) -> None:
+        """Write a line of a request that has failed or was slow."""
+
+    def sample(self, levels: Mapping[int, int]) -> None:
+        """Count lines, by level number, that were let go as nothing was wrong."""
+
+    def lose(self, levels: Mapping[int, int]) -> None:
+        """Count lines, by level number, that had to make room in a request whose lines were kept."""
 
 
 class Tail:
     """The lines of one request for one handler: a ring in bytes.
 
-    keep: takes each line in order, once the request has failed or was slow.
-    sample: takes the lines by level number that were let go as nothing was wrong.
-    lose: takes those that had to make room in a request whose lines were kept.
-
-    Nothing is locked, as every operation on a deque is atomic: whoever adds a line to a request that has just ended
-    hands it on itself.
+    Appending to a list is atomic, so that a lock is for taking lines alone: whoever adds one to a request that has
+    just ended hands it on itself.
     """
 
-    __slots__ = ("_ended", "_gone", "_keep", "_kept", "_lines", "_lose", "_sample", "_size", "slow")
+    __slots__ = ("_ended", "_gone", "_keeper", "_kept", "_lines", "_lock", "_size")
 
-    def __init__(
-        self,
-        slow: float | None,
-        keep: Callable[[int, Plain | bytes], None],
-        sample: Callable[[Counter[int]], None],
-        lose: Callable[[Counter[int]], None],
-    ) -> None:
-        self.slow = slow
-        self._keep, self._sample, self._lose = keep, sample, lose
-        self._lines: deque[_Held] = deque()
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._lines: list[tuple[int, Plain | bytes, int]] = []
         self._size = 0
-        self._gone: Counter[int] = Counter()
+        self._gone: dict[int, int] = {}
+        self._lock = RLock()
         self._ended = self._kept = False
 
     def hold(self, level: int, line: Plain | bytes, size: int) -> None:
@@ -64,30 +66,36 @@ class Tail:
 
     def end(self, context: RequestContext) -> None:
         """Hand on what was held, as the request has ended."""
-        slow = self.slow is not None and context.duration >= self.slow
-        self._kept = slow or context.outcome in ("error", "cancelled")
+        slow = self._keeper.slow
+        self._kept = context.outcome in ("error", "cancelled") or (slow is not None and context.duration >= slow)
         self._ended = True
         self._hand_on()
 
     def _make_room(self) -> None:
-        while self._size > _MAX_BYTES and self._lines:
-            level, _, size = self._lines.popleft()
-            self._size -= size + _OVERHEAD
-            self._gone[level] += 1
+        with self._lock:
+            oldest = 0
+            while self._size > _MAX_BYTES and oldest < len(self._lines):
+                level, _, size = self._lines[oldest]
+                self._size -= size + _OVERHEAD
+                self._gone[level] = self._gone.get(level, 0) + 1
+                oldest += 1
+            del self._lines[:oldest]
 
     def _hand_on(self) -> None:
-        gone, self._gone = self._gone, Counter()
-        held: list[_Held] = []
-        with suppress(IndexError):  # it is empty, or another thread had the last one
-            while True:
-                held.append(self._lines.popleft())
+        with self._lock:
+            gone, self._gone = self._gone, {}
+            held = self._lines[:]
+            del self._lines[: len(held)]
         if self._kept:
             for level, line, _ in held:
-                self._keep(level, line)
-        else:
-            gone.update(map(_level_of, held))
+                self._keeper.keep(level, line)
+            if gone:
+                self._keeper.lose(gone)
+            return
+        for level, _, _ in held:
+            gone[level] = gone.get(level, 0) + 1
         if gone:
-            (self._lose if self._kept else self._sample)(gone)
+            self._keeper.sample(gone)
 
 
 def end_tails(context: RequestContext) -> None:

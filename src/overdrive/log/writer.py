@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic, sleep
 from typing import Protocol, TextIO
@@ -26,7 +26,7 @@ from .queue import Buffer, Line, Reason, Stats
 #: Seconds in which lines gather for one write.
 _TICK = 0.05
 #: Bytes of one write.
-_BATCH = 64 * 1024
+_BATCH = 256 * 1024
 #: Seconds a caller may wait for a stalled sink, once closed.
 _WRITE_THROUGH_TIMEOUT = 0.5
 #: Seconds, for whoever has a deadline of its own.
@@ -100,21 +100,20 @@ class Writer:
         wake = self._buffer.put(level, line)
         if self._closed:
             self._drain(monotonic() + _WRITE_THROUGH_TIMEOUT)
-            return
-        if self._thread is None and self._start.acquire(blocking=False):
-            self._start_thread()
-        if wake:
+        elif wake:
+            if self._thread is None and self._start.acquire(blocking=False):
+                self._start_thread()
             self._bell.ring()
 
     def drop(self, level: int, reason: Reason) -> None:
         """Count a line that never became one."""
         self._buffer.drop(level, reason)
 
-    def sample(self, levels: Counter[int]) -> None:
+    def sample(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that were let go on purpose."""
         self._buffer.sample(levels)
 
-    def lose(self, levels: Counter[int]) -> None:
+    def lose(self, levels: Mapping[int, int]) -> None:
         """Count lines, by level number, that had to make room for later ones of their request."""
         for level, count in levels.items():
             self._buffer.drop(level, "tail", count)
@@ -159,8 +158,7 @@ class Writer:
         if self._closed and (self._thread is None or not self._thread.is_alive()):
             self._thread = None
             self._start = threading.Lock()
-            if not self._buffer.rest():
-                self._bell.ring()
+            self._buffer.idle = True
             self._closed = False
 
     def _wait_for_room(self, level: int, line: bytes) -> None:
@@ -253,7 +251,7 @@ class FileSink:
     def write(self, lines: Sequence[bytes], deadline: float) -> int:
         """Append `lines`; `OSError` where the file cannot be opened."""
         fd = self._opened()
-        return self._lines.write(fd, lines, deadline)
+        return self._lines.write(fd, self._stat.st_mode, lines, deadline)
 
     def close(self) -> None:
         """Close the file."""
@@ -262,16 +260,17 @@ class FileSink:
             self._fd = None
 
     def _opened(self) -> int:
-        if self._fd is not None and self._moved(self._fd):
+        if self._fd is not None and self._moved():
             self.close()
             self._lines = _Descriptor()
         if self._fd is None:
             self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            self._stat = os.fstat(self._fd)
         return self._fd
 
-    def _moved(self, fd: int) -> bool:
+    def _moved(self) -> bool:
         try:
-            return not os.path.samestat(os.stat(self._path), os.fstat(fd))
+            return not os.path.samestat(os.stat(self._path), self._stat)
         except FileNotFoundError:
             return True
 
@@ -294,7 +293,8 @@ class StreamSink:
             self._stream.write(b"".join(lines).decode())
             self._stream.flush()
             return len(lines)
-        return self._lines.write(fd, lines, deadline)
+        # Each time anew, as a stream's descriptor may be led elsewhere.
+        return self._lines.write(fd, os.fstat(fd).st_mode, lines, deadline)
 
     def close(self) -> None:
         """Do nothing: the stream is its owner's to close."""
@@ -337,9 +337,9 @@ class _Descriptor:
     def __init__(self) -> None:
         self._torn = False
 
-    def write(self, fd: int, lines: Sequence[bytes], deadline: float) -> int:
-        """Return how many of `lines` were written whole."""
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    def write(self, fd: int, mode: int, lines: Sequence[bytes], deadline: float) -> int:
+        """Return how many of `lines` were written whole; `mode` is that of what is open as `fd`."""
+        if not stat.S_ISFIFO(mode):
             return self._write(fd, lines, sys.maxsize, deadline)
         with _alone(fd, deadline):
             return self._write(fd, lines, select.PIPE_BUF, deadline)
@@ -348,12 +348,12 @@ class _Descriptor:
         if self._torn:
             self._torn = _send(fd, b"\n", step, deadline) == 0
         written = 0
-        for chunk in _chunks(lines, step):
+        for number, chunk in _chunks(lines, step):
             sent = 0 if self._torn else _send(fd, chunk, step, deadline)
-            written += chunk.count(b"\n", 0, sent)
             if sent < len(chunk):
                 self._torn = self._torn or (sent > 0 and not chunk.endswith(b"\n", 0, sent))
-                break
+                return written + chunk.count(b"\n", 0, sent)
+            written += number
         return written
 
 
@@ -385,17 +385,19 @@ def _lock_until(fd: int, deadline: float) -> None:
             return
 
 
-def _chunks(lines: Sequence[bytes], size: int) -> Iterator[bytes]:
-    """Join as many lines as fit into `size` bytes, at least one."""
-    chunk: list[bytes] = []
-    length = 0
-    for line in lines:
-        if chunk and length + len(line) > size:
-            yield b"".join(chunk)
-            chunk, length = [], 0
-        chunk.append(line)
+def _chunks(lines: Sequence[bytes], size: int) -> Iterator[tuple[int, bytes]]:
+    """Join as many lines as fit into `size` bytes, at least one; with how many they are."""
+    joined = b"".join(lines)
+    if len(joined) <= size:
+        yield len(lines), joined
+        return
+    first = length = 0
+    for number, line in enumerate(lines):
+        if number > first and length + len(line) > size:
+            yield number - first, b"".join(lines[first:number])
+            first, length = number, 0
         length += len(line)
-    yield b"".join(chunk)
+    yield len(lines) - first, b"".join(lines[first:])
 
 
 def _send(fd: int, data: bytes, step: int, deadline: float) -> int:
