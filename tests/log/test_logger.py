@@ -37,10 +37,18 @@ plain_values = st.one_of(
     st.timedeltas(),
     st.datetimes(timezones=st.sampled_from([None, UTC, ZoneInfo("Europe/Berlin")])),
 )
+
+
+def traced(request_id: str, method: str, path: str, trace_id: str | None) -> RequestContext:
+    made = RequestContext(request_id, method, path)
+    made.trace_id = trace_id
+    return made
+
+
 contexts = st.one_of(
     st.none(),
     st.builds(
-        RequestContext,
+        traced,
         request_id=st.text(),
         method=st.text(),
         path=st.text(st.characters()),
