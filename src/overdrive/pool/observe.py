@@ -171,7 +171,7 @@ class Observation:
         event.listen(self.engine, "checkin", self._checkin)
         dialect: Any = self.engine.dialect
         dialect.do_commit = self._committing(dialect.do_commit)
-        dialect.do_commit_twophase = self._committing(dialect.do_commit_twophase)
+        dialect.do_commit_twophase = self._committing_prepared(dialect.do_commit_twophase)
         dialect.do_rollback = self._rolling_back(dialect.do_rollback)
         dialect.do_release_savepoint = self._releasing(dialect.do_release_savepoint)
         engine: Any = self.engine
@@ -275,7 +275,15 @@ class Observation:
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
-        self.finished(connection.info, sql, _count_of(cursor), autocommit=self._is_autocommit(connection))
+        transaction, autocommit = _transaction_of(connection.info), self._is_autocommit(connection)
+        facts = transaction.facts
+        self.finished(connection.info, sql, _count_of(cursor), autocommit=autocommit)
+        if facts is None or autocommit or EVERYTHING not in facts.writes:
+            return
+        # Textual SQL may have been a COMMIT.
+        if is_idle(self.engine, connection.connection):
+            with self._announced(transaction):
+                transaction.end()
 
     def _handle_error(self, failure: ExceptionContext) -> None:
         connection = failure.connection
@@ -343,6 +351,16 @@ class Observation:
             transaction.end()
 
         return do_commit
+
+    def _committing_prepared(self, commit: Callable[..., None]) -> Callable[..., None]:
+        def do_commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
+            transaction = _transaction_of(connection.info)
+            # What is prepared is not the connection's any more, which seems to be idle.
+            with self._announced(transaction):
+                commit(connection, *args, **kwargs)
+            transaction.end()
+
+        return do_commit_twophase
 
     def _rolling_back(self, rollback: Callable[..., None]) -> Callable[..., None]:
         def do_rollback(connection: Any) -> None:
