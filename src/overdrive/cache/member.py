@@ -48,10 +48,10 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 # KEYS: members, trust, clock, a channel.  ARGV: a member, the end of its lease, whether it is one already, an epoch
 # should there be need of one, milliseconds of absence and of concern, how many members there were, how many of the
-# following are gone, and those of whom it knows besides. Returns the milliseconds, whether it is a member, how many there
-# are, who has not renewed a lease that ends soon, and where there are more or fewer than before, all.
-# The end of the lease is named by who asks, so that what arrives late prolongs nothing. Where Redis has lost its members,
-# those whom one knows are taken for late: one that is cut off may be among them.
+# following are gone, and those of whom it knows besides. Returns the milliseconds, whether it is a member, how many
+# there are, who has not renewed a lease that ends soon, and all of them where there were more or fewer.
+# The end of the lease is named by who asks, so that what arrives late prolongs nothing. Where Redis has lost its
+# members, those whom one knows are taken for late: one that is cut off may be among them.
 _RENEW = f"""{_NOW}
 local anew = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now - ARGV[5])) > 0
 if ARGV[3] == '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
@@ -169,9 +169,10 @@ class Member:
         times = (int(_ABSENCE * 1000), int(_CONCERN * 1000))
         # Who was away for so long knows of nobody any more.
         known = self._known if now - self._heard < _ABSENCE else []
-        others = (len(known), len(self._gone), *self._gone, *(other for other in known if other not in self._gone))
-        is_member = int(self._is_member)
-        return ("EVAL", _RENEW, 4, *self._names, self.id, end, is_member, secrets.token_hex(8), *times, *others)
+        others = [*self._gone, *(other for other in known if other not in self._gone)]
+        is_member, counts = int(self._is_member), (len(known), len(self._gone))
+        own = (self.id, end, is_member, secrets.token_hex(8))
+        return ("EVAL", _RENEW, 4, *self._names, *own, *times, *counts, *others)
 
     def renewed(self, reply: list[Any]) -> int:
         """Take the reply to the renewal, and return what Redis' clock said."""
