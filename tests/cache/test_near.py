@@ -103,6 +103,16 @@ def test_another_clock_ends_it() -> None:
         assert near.get("key", 0.5) is None
 
 
+def test_a_write_that_was_not_heard_ends_it() -> None:
+    near = Near(1_000_000)
+    near.confirm(Instant("e", 4), 1.0)
+    near.put("key", entry("a"), Instant("e", 4))
+    near.hear(Instant("e", 5), ["b"])
+    assert near.get("key", 0.5) is not None
+    near.hear(Instant("e", 7), ["b"])
+    assert near.get("key", 0.5) is None
+
+
 def test_what_was_found_before_it_listened_is_not_kept() -> None:
     near = Near(1_000_000)
     near.put("key", entry("a"), Instant("e", 3))
