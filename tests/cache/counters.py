@@ -224,9 +224,10 @@ class Worker:
         self.process.wait()
 
     async def ready(self) -> None:
+        """Wait until it serves, and has come to Redis: of one that never has nobody could know."""
         while True:
             with suppress(OSError):
-                await ask(self.port, "GET", "/openapi.json")
+                await ask(self.port, "GET", "/all")
                 return
             await asyncio.sleep(0.05)
 
@@ -243,6 +244,8 @@ async def ask(port: int, method: str, path: str) -> tuple[int, dict[str, str], b
         raise ConnectionError("closed without an answer")
     status, *lines = head.decode().split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if len(body) < int(headers.get("content-length", 0)):
+        raise ConnectionError("closed in the middle of an answer")
     return int(status.split(None, 2)[1]), headers, body
 
 

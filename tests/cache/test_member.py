@@ -259,6 +259,34 @@ async def test_members_that_were_evicted_are_a_new_epoch(redis_url: str, redis: 
     await store.aclose()
 
 
+async def test_members_that_were_evicted_are_waited_for(sqlite_url: str, redis_url: str, redis: Redis) -> None:
+    """One of them is cut off, and may write what nobody hears of."""
+    async with (
+        proxy_to(redis_url) as (proxy, way),
+        serve(sqlite_url, redis_url) as reader,
+        serve(sqlite_url, way) as writer,
+    ):
+        for service in (reader, writer):
+            await until_hit(service)
+        await eventually(lambda: store_of(reader).members == 2)
+        proxy.stall()
+        redis.flushdb()
+        await eventually(lambda: bool(redis.zcard("overdrive:members")))
+        for _ in range(10):
+            await reader.get("/names")
+            await asyncio.sleep(0.02)
+
+        async def rename(db: AsyncSession) -> None:
+            await db.execute(update(Item).values(name="renamed"))
+
+        assert await writer.write(rename) == 200
+        for _ in range(10):
+            assert (await reader.get("/names")).json() == ["renamed"]
+            await asyncio.sleep(0.05)
+        proxy.resume()
+        await until_hit(reader)
+
+
 def test_whose_process_is_gone_is_known_on_its_own_machine() -> None:
     store = RedisStore("redis://localhost/0", "test")
     member = store.member().id

@@ -21,6 +21,7 @@ from support import Item
 from overdrive.cache.entry import FORMAT, Entry, Instant
 from overdrive.cache.near import Near
 from overdrive.cache.redis import RedisStore
+from overdrive.cache.store import Mark
 from overdrive.demo import servers
 
 pytestmark = pytest.mark.anyio
@@ -100,6 +101,16 @@ def test_another_clock_ends_it() -> None:
         assert near.get("key", 0.5) is not None
         end()
         assert near.get("key", 0.5) is None
+
+
+def test_a_write_that_was_not_heard_ends_it() -> None:
+    near = Near(1_000_000)
+    near.confirm(Instant("e", 4), 1.0)
+    near.put("key", entry("a"), Instant("e", 4))
+    near.hear(Instant("e", 5), ["b"])
+    assert near.get("key", 0.5) is not None
+    near.hear(Instant("e", 7), ["b"])
+    assert near.get("key", 0.5) is None
 
 
 def test_what_was_found_before_it_listened_is_not_kept() -> None:
@@ -203,6 +214,35 @@ async def test_a_tag_is_heard_whatever_it_is_called(redis_url: str, tag: str) ->
     # It has heard of it, and has not lost count.
     assert near is not None
     assert near._since is not None
+    await writer.aclose()
+    await reader.aclose()
+
+
+@pytest.mark.parametrize("lost", [["tag:two"], ["tag:two", "clock"]])
+async def test_a_settlement_tells_of_what_lost_its_mark(redis_url: str, lost: list[str]) -> None:
+    """What was read before the commit was found valid after all, as nobody knew that it was pending."""
+    writer, reader = RedisStore(redis_url, "test", 1_000_000), RedisStore(redis_url, "test", 1_000_000)
+    mark = Mark("ab", frozenset(("one", "two")), "")
+    await writer.mark(mark)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.delete(*(f"test:{name}" for name in lost))
+    epoch, versions = await writer.versions(["two"])
+    await writer.save("key", Entry(FORMAT, "f", epoch, versions, 0.0, 60.0, 200, [], b"read before"), 60)
+    for store in (writer, reader):
+        for _ in range(100):
+            assert (await store.load("key", "f")).entry is not None
+            if store.held("key") is not None:
+                break
+            await asyncio.sleep(0.01)
+    settled = writer.settle(mark)
+    # At once in the process whose commit returns now, and elsewhere when it is heard.
+    assert writer.held("key") is None
+    await until(lambda: reader.held("key") is None)
+    near = reader._link().near
+    assert near is not None
+    assert near._since is not None
+    assert await settled is None
+    assert writer.held("key") is None
     await writer.aclose()
     await reader.aclose()
 

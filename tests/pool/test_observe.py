@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from sqlalchemy import Engine, delete, event, func, insert, make_url, select, text, update
+from sqlalchemy import Connection, Engine, delete, event, func, insert, make_url, select, text, update
 from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -208,6 +208,35 @@ async def test_autocommit_reports_each_statement(engine: AsyncEngine, recorder: 
         with pytest.raises(IntegrityError):
             await connection.execute(insert(Item).values(name=None))
     assert recorder.told[2:] == [({ITEMS}, None), ({ITEMS}, Outcome.UNKNOWN)]
+
+
+async def test_a_commit_in_words_is_one(engine: AsyncEngine, recorder: Recorder) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(insert(Item).values(name="x"))
+        await connection.execute(text("COMMIT"))
+        assert recorder.outcomes == [Outcome.COMMITTED]
+        assert ITEMS in recorder.told[0][0]
+        # Nothing is left to be undone, nor to be told.
+        await connection.rollback()
+    assert len(recorder.told) == 2
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+async def test_a_commit_in_two_phases(postgres_url: str, driver: str, recorder: Recorder) -> None:
+    engine = create_engine(postgres_url.replace("asyncpg", driver))
+    observe(engine.sync_engine, "main", recorder)
+
+    def work(connection: Connection) -> None:
+        with connection.begin_twophase():
+            connection.execute(insert(Item).values(name="x"))
+
+    with tables(postgres_url) as database:
+        async with engine.connect() as connection:
+            await connection.run_sync(work)
+        assert names(database) == ["x"]
+    assert recorder.told[0] == ({ITEMS}, None)
+    assert recorder.told[-1] == ({ITEMS}, Outcome.COMMITTED)
+    await engine.dispose()
 
 
 async def test_refused_commit_is_reported_as_rolled_back(

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool.actions import READS, WRITES, Action, Base, User, filled, reads, writes
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, ForeignKey, delete, literal, select, true, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapped, Session, aliased, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
 from overdrive.context import collecting
@@ -116,6 +117,76 @@ def test_what_is_missing_may_come_by_any_insert(engine: Engine) -> None:
         filled(session)
     assert "main/rows_users" in read(engine, reads(4, 1)["get"])[1]
     assert "main/rows_users" not in read(engine, reads(3, 1)["get"])[1]
+
+
+def test_an_aggregate_of_nothing_is_a_row(engine: Engine, recorder: Recorder) -> None:
+    """And what is missing may come without being named."""
+
+    def add(session: Session) -> None:
+        session.add(User(id=4, name="new"))
+
+    assert_named(engine, recorder, reads(4, 1)["count"], add)
+    statement = select(literal(1)).select_from(User).where(User.id == 4).having(true())
+    assert_named(engine, recorder, lambda session: session.execute(statement).all(), add)
+
+
+class Owner(Base):
+    __tablename__ = "rows_owners"
+    name: Mapped[str] = mapped_column(primary_key=True)
+
+
+class Part(Base):
+    """A part's key is its owner's, and what refers to it changes with that."""
+
+    __tablename__ = "rows_parts"
+    owner: Mapped[str] = mapped_column(
+        ForeignKey("rows_owners.name", onupdate="CASCADE", ondelete="CASCADE"), primary_key=True
+    )
+
+
+class Detail(Base):
+    __tablename__ = "rows_details"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    part: Mapped[str | None] = mapped_column(
+        ForeignKey("rows_parts.owner", onupdate="CASCADE", ondelete="SET NULL (part)")
+    )
+
+
+CHANGING = {
+    "update": update(Owner).values(name="y"),
+    "upsert": postgresql.insert(Owner)
+    .values(name="x")
+    .on_conflict_do_update(index_elements=[Owner.name], set_={"name": "y"}),
+    "delete": delete(Owner),
+    "delete by another name": delete(aliased(Owner)),
+}
+
+
+@pytest.mark.parametrize("how", CHANGING)
+def test_what_changes_along_may_change_more(engine: Engine, recorder: Recorder, how: str) -> None:
+    with Session(engine) as session:
+        filled(session)
+        session.add(Owner(name="x"))
+        session.flush()
+        session.add(Part(owner="x"))
+        session.flush()
+        session.add(Detail(id=1, part="x"))
+        session.commit()
+    before, tags = read(engine, lambda session: session.scalar(select(Detail.part).where(Detail.id == 1)))
+    recorder.written.clear()
+    with Session(engine) as session:
+        session.execute(CHANGING[how], execution_options={"synchronize_session": False})
+        session.commit()
+    after, _ = read(engine, lambda session: session.scalar(select(Detail.part).where(Detail.id == 1)))
+    assert after != before
+    assert tags & recorder.written
+
+
+def test_what_is_replaced_was_there_before() -> None:
+    """SQLite's OR REPLACE deletes what is in the way, with all that refers to it."""
+    statement = sqlite.insert(User).prefix_with("OR REPLACE").values(id=1, name="new")
+    facts = facts_of(compiled := statement.compile(dialect=sqlite.dialect()), str(compiled))
+    assert facts.scattered >= {"rows_users", "rows_memberships", "rows_posts"}
 
 
 def test_a_key_of_another_type_is_not_compared() -> None:

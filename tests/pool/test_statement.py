@@ -34,6 +34,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
+    column_property,
     joinedload,
     mapped_column,
     relationship,
@@ -125,6 +126,8 @@ NOT_PLAIN = {
     "text in a select": (select(User).where(text("1 = 1")), "text()"),
     "literal_column with a query in it": (select(literal_column("(SELECT 1 FROM t)")), "literal_column()"),
     "element of one's own": (select(Clock()), "Clock"),
+    "clock by name": (select(User).where(User.name > literal_column("CURRENT_TIMESTAMP")), "literal_column()"),
+    "role by name": (select(literal_column("current_user")), "literal_column()"),
 }
 
 WRITES = {
@@ -134,10 +137,53 @@ WRITES = {
     "insert from select": (insert(Post).from_select(["user_id"], select(User.id)), POSTS),
     "upsert": (postgresql.insert(User).values(id=1, name="x").on_conflict_do_nothing(), USERS),
     "insert in a cte": (select(insert(Post).values(user_id=1).returning(Post.id).cte("c").c.id), POSTS),
+    "table of which only the name is known": (delete(table("users", column("id"))), {EVERYTHING}),
+    "insert into such a table": (insert(table("users", column("id"))), USERS),
+    "alias": (update(orm_aliased(User)).values(name="x"), USERS),
+    "text in a cte": (
+        select(text("DELETE FROM users RETURNING id").columns(column("id", Integer)).cte()),
+        {EVERYTHING},
+    ),
+    "text that explains by doing": (text("EXPLAIN (COSTS, ANALYZE) DELETE FROM users"), {EVERYTHING}),
+    "text that does more": (text("SET x = 1; DELETE FROM users"), {EVERYTHING}),
+    "text that does more than a savepoint": (text("SAVEPOINT x; DELETE FROM users"), {EVERYTHING}),
     "text": (text("UPDATE users SET name = 'x'"), {EVERYTHING}),
     "text with a cte": (text("WITH x AS (DELETE FROM users RETURNING 1) SELECT 1"), {EVERYTHING}),
     "text with a comment first": (text("/* x */ SELECT 1"), {EVERYTHING}),
 }
+
+
+class Parent(Base):
+    __tablename__ = "parents"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    number: Mapped[int] = column_property(select(func.count(Post.id)).scalar_subquery())
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "parent", "with_polymorphic": "*"}  # noqa: RUF012
+
+
+class Heir(Parent):
+    __tablename__ = "heirs"
+    __mapper_args__ = {"polymorphic_identity": "heir"}  # noqa: RUF012
+    id: Mapped[int] = mapped_column(ForeignKey("parents.id"), primary_key=True)
+
+
+#: What a mapping adds to a SELECT, it adds as well where that is a part of another statement.
+WITHIN = {
+    "column property": (select(select(Parent).subquery()), {"parents", "heirs", "blog.posts"}),
+    "in a union": (select(Parent).union(select(Parent)), {"parents", "heirs", "blog.posts"}),
+    "loader criteria": (
+        select(Heir.id)
+        .where(Heir.id.in_(select(User.id)))
+        .options(with_loader_criteria(User, User.id.in_(select(Post.user_id)))),
+        {"parents", "heirs", "users", "blog.posts"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_what_mappings_add_inside_of_a_statement_is_read(name: str) -> None:
+    statement, tables = WITHIN[name]
+    assert facts(statement).reads == tables
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -162,7 +208,9 @@ def test_writes_name_their_tables(name: str) -> None:
     assert (found.writes, found.plain) == (frozenset(tables), False)
 
 
-@pytest.mark.parametrize("sql", ["SELECT 1", "  values (1)", "SHOW server_version", "explain SELECT 1", "SET x = 1"])
+@pytest.mark.parametrize(
+    "sql", ["SELECT 1", "  values (1)", "SHOW server_version", "explain SELECT 1", "SET x = 1", "SELECT 1; "]
+)
 def test_textual_reads_write_nothing_and_describe_nothing(sql: str) -> None:
     found = facts(text(sql))
     assert (found.reads, found.writes, found.plain) == ({EVERYTHING}, frozenset(), False)

@@ -352,7 +352,7 @@ class Link:
                 if code_of(str(error)) not in _WRITE_REFUSALS:
                     raise
             else:
-                member.renewed([*reply[:3], *(other.decode() for other in reply[3:])])
+                member.renewed([*reply[:3], *([other.decode() for other in others] for others in reply[3:])])
         member.start()
 
     async def _listen(self, connection: Connection) -> None:

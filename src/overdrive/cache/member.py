@@ -47,15 +47,22 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
 # KEYS: members, trust, clock, a channel.  ARGV: a member, the end of its lease, whether it is one already, an epoch
-# should there be need of one, milliseconds of absence and of concern, then members that are gone.
-# Returns the microseconds, whether it is a member, how many there are, and who has not renewed a lease that ends soon.
-# The end of the lease is named by who asks, so that what arrives late prolongs nothing.
+# should there be need of one, milliseconds of absence and of concern, how many members there were, how many of the
+# following are gone, and those of whom it knows besides. Returns the microseconds, whether it is a member, how many
+# there are, who has not renewed a lease that ends soon, and all of them where there were more or fewer.
+# The end of the lease is named by who asks, so that what arrives late prolongs nothing. Where Redis has lost its
+# members, those whom one knows are taken for late: one that is cut off may be among them.
 _RENEW = f"""{_NOW}
-local anew = ARGV[3] == '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1])
-for i = 7, #ARGV do
+local anew = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now - ARGV[5])) > 0
+if ARGV[3] == '1' and not redis.call('ZSCORE', KEYS[1], ARGV[1]) then
+    anew = true
+    for i = 9 + ARGV[8], #ARGV do
+        redis.call('ZADD', KEYS[1], 'NX', string.format('%.0f', now), ARGV[i])
+    end
+end
+for i = 9, 8 + ARGV[8] do
     anew = redis.call('ZREM', KEYS[1], ARGV[i]) == 1 or anew
 end
-anew = redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.0f', now - ARGV[5])) > 0 or anew
 if anew then
     local clock = ARGV[4] .. ' 0'
     redis.call('SET', KEYS[3], clock)
@@ -68,7 +75,9 @@ end
 local soon = string.format('%.0f', now + ARGV[6])
 local late = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', soon, 'LIMIT', 0, 16)
 local is_member = redis.call('ZSCORE', KEYS[1], ARGV[1]) and 1 or 0
-return {{time[1] * 1000000 + time[2], is_member, redis.call('ZCARD', KEYS[1]), unpack(late)}}
+local count = redis.call('ZCARD', KEYS[1])
+local all = count ~= tonumber(ARGV[7]) and redis.call('ZRANGE', KEYS[1], 0, -1) or {{}}
+return {{time[1] * 1000000 + time[2], is_member, count, late, all}}
 """
 
 # KEYS: members, trust.  ARGV: a member.
@@ -131,6 +140,9 @@ class Member:
         self._is_member = False
         self._is_silent = False
         self._gone: list[str] = []
+        #: The members, as were last heard, and when that was.
+        self._known: list[str] = []
+        self._heard = float("-inf")
         self._call = threading.Event()
         self._is_closed = False
         self._thread: threading.Thread | None = None
@@ -160,13 +172,19 @@ class Member:
             self._holds_until = now + _LEASE + _MARGIN
             end = int(sample.then + (now - sample.received + _LEASE) * 1000)
         times = (int(_ABSENCE * 1000), int(_CONCERN * 1000))
-        is_member, gone = int(self._is_member), self._gone
-        return ("EVAL", _RENEW, 4, *self._names, self.id, end, is_member, secrets.token_hex(8), *times, *gone)
+        # Who was away for so long knows of nobody any more.
+        known = self._known if now - self._heard < _ABSENCE else []
+        others = [*self._gone, *(other for other in known if other not in self._gone)]
+        is_member, counts = int(self._is_member), (len(known), len(self._gone))
+        own = (self.id, end, is_member, secrets.token_hex(8))
+        return ("EVAL", _RENEW, 4, *self._names, *own, *times, *counts, *others)
 
     def renewed(self, reply: list[Any]) -> float:
         """Take the reply to the renewal, and return what Redis' clock said, in milliseconds."""
-        now, is_member, self.count, *late = reply
+        now, is_member, self.count, late, known = reply
         self._is_member = bool(is_member)
+        self._known = known or self._known
+        self._heard = time.monotonic()
         self._gone = [member for member in late if _is_gone(member)]
         return int(now) / 1000
 

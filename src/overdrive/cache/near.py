@@ -7,6 +7,7 @@ missing, or nothing is heard for longer than the lease, it knows nothing any mor
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from .entry import Entry, Instant
@@ -38,6 +39,8 @@ class Near:
         self._entries: Memory[_Held] = Memory(max_bytes)
         #: The write that each tag was last named by, of those heard.
         self._stamps: dict[str, int] = {}
+        #: The tags of this process's own commits that are being settled, with how many these are.
+        self._settling: Counter[str] = Counter()
         #: The clock when it began to listen, and the last write heard; None while it knows nothing.
         self._since: Instant | None = None
         self._last = 0
@@ -84,6 +87,17 @@ class Near:
         self._stamps.update(dict.fromkeys(tags, instant.now))
         self._changes += 1
 
+    def settling(self, tags: Iterable[str]) -> None:
+        """Give nothing that has read these until `settled`: their marks may be lost, and nobody has said so yet."""
+        self._settling.update(tags)
+        self._changes += 1
+
+    def settled(self, tags: Iterable[str]) -> None:
+        """Take note that one settlement of these was answered, and what it told of was heard."""
+        self._settling.subtract(tags)
+        self._settling += Counter()
+        self._changes += 1
+
     def put(self, key: str, entry: Entry, instant: Instant) -> None:
         """Keep an entry that was found valid at `instant`, if all that is written after that is heard."""
         since = self._since
@@ -106,7 +120,8 @@ class Near:
             return None
         # Mostly nothing at all was written since it was last looked at.
         if held.checked != self._changes:
-            if any(self._stamps.get(tag, 0) > held.valid_at for tag in held.entry.versions):
+            tags = held.entry.versions
+            if any(self._stamps.get(tag, 0) > held.valid_at or tag in self._settling for tag in tags):
                 self._entries.pop(key)
                 return None
             held.checked = self._changes

@@ -303,8 +303,13 @@ class RedisStore:
 
     def settle(self, mark: Mark) -> asyncio.Future[StoreUnavailable | None]:
         """Move the clock, stamp the tags with it, and have them pending for this mark no longer."""
+        link = self._link()
         # Who has made the mark has sent the script.
-        return self._link().post("EVALSHA", STAMP.digest, *self._arguments(mark.tags, mark.token, 0, ""))
+        settled = link.post("EVALSHA", STAMP.digest, *self._arguments(mark.tags, mark.token, 0, ""))
+        if (near := link.near) is not None:
+            near.settling(mark.tags)
+            settled.add_done_callback(lambda _: near.settled(mark.tags))
+        return settled
 
     async def _stamp(self, tags: Collection[str], writer: str, token: str = "", pending: int = 0) -> None:
         clock = await self._run(STAMP, tags, token, pending, writer, patient=True)

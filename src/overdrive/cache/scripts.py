@@ -92,19 +92,21 @@ _MOST_WRITES = 1000
 
 # KEYS: clock, tags..., the last writes, a channel.  ARGV: an epoch, a mark's token if any, milliseconds for which it is
 # pending: 0 where it is settled, and who writes. Returns the clock. Who listens is not told of the tags once more when
-# they are settled, and then nothing new is to be remembered. No write fails since it cannot be.
+# they are settled, but of those that had lost the mark: what was read before the commit was found valid meanwhile. And
+# then nothing new is to be remembered. No write fails since it cannot be.
 STAMP = Script(f"""{_TAGS}
 move()
 local told, token, pending = {{clock}}, ARGV[2], tonumber(ARGV[3])
 local is_new = token == '' or pending > 0
 for i = 2, #KEYS - 2 do
-    local marks = marks_of(redis.call('GET', KEYS[i]), token)
+    local value = redis.call('GET', KEYS[i])
+    local marks = marks_of(value, token)
     if pending > 0 then
         marks = marks .. ' ' .. token .. '=' .. string.format('%.0f', milliseconds + pending)
     end
     redis.call('SET', KEYS[i], now .. marks)
-    if is_new then
-        told[i] = KEYS[i]
+    if is_new or not string.find(value or '', ' ' .. token .. '=', 1, true) then
+        told[#told + 1] = KEYS[i]
     end
 end
 if is_new then

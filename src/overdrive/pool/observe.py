@@ -238,7 +238,7 @@ class Observation:
         event.listen(self.engine, "connect", self._connected)
         dialect: Any = self.engine.dialect
         dialect.do_commit = self._committing(dialect.do_commit)
-        dialect.do_commit_twophase = self._committing(dialect.do_commit_twophase)
+        dialect.do_commit_twophase = self._committing_prepared(dialect.do_commit_twophase)
         dialect.do_rollback = self._rolling_back(dialect.do_rollback)
         dialect.do_release_savepoint = self._releasing(dialect.do_release_savepoint)
         engine: Any = self.engine
@@ -440,7 +440,15 @@ class Observation:
     def _after_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
-        self.finished(connection.info, sql, _count_of(cursor), autocommit=self._is_autocommit(connection))
+        transaction, autocommit = _transaction_of(connection.info), self._is_autocommit(connection)
+        named = transaction.named
+        self.finished(connection.info, sql, _count_of(cursor), autocommit=autocommit)
+        if named is None or autocommit or EVERYTHING not in named.facts.writes:
+            return
+        # Textual SQL may have been a COMMIT.
+        if is_idle(self.engine, connection.connection):
+            with self._announced(transaction):
+                self._end(transaction)
 
     def _handle_error(self, failure: ExceptionContext) -> None:
         connection = failure.connection
@@ -508,6 +516,16 @@ class Observation:
             self._end(transaction)
 
         return do_commit
+
+    def _committing_prepared(self, commit: Callable[..., None]) -> Callable[..., None]:
+        def do_commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
+            transaction = _transaction_of(connection.info)
+            # What is prepared is not the connection's any more, which seems to be idle.
+            with self._announced(transaction):
+                commit(connection, *args, **kwargs)
+            self._end(transaction)
+
+        return do_commit_twophase
 
     def _rolling_back(self, rollback: Callable[..., None]) -> Callable[..., None]:
         def do_rollback(connection: Any) -> None:

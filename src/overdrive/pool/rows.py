@@ -13,16 +13,33 @@ from hashlib import blake2b
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Column, Delete, Integer, Join, Select, Table, Update, Uuid
+from sqlalchemy import Column, Delete, Insert, Integer, Join, Select, Table, Update, Uuid
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, BooleanClauseList, ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import AliasedReturnsRows
 
 from overdrive.context import OF_ROWS
 
 #: Rows of one table beyond which all of it is meant.
 MOST = 50
+
+_AGGREGATES = frozenset((
+    "array_agg",
+    "avg",
+    "bool_and",
+    "bool_or",
+    "count",
+    "group_concat",
+    "json_agg",
+    "jsonb_agg",
+    "max",
+    "min",
+    "string_agg",
+    "sum",
+    "total",
+))  # fmt: skip
 
 _CHANGING = frozenset(("CASCADE", "SET NULL", "SET DEFAULT"))
 
@@ -89,6 +106,9 @@ def rows_read(statement: Any, elements: Sequence[Any], names: Mapping[Any, str])
     """
     if not isinstance(statement, Select) or sum(isinstance(element, Select) for element in elements) > 1:
         return ()
+    # Without groups an aggregate gives a row where there is none, and so nobody sees that there is none.
+    if not statement._group_by_clauses and (statement._having_criteria or any(map(_is_aggregate, elements))):
+        return ()
     found = (_rows(table, statement._where_criteria, names) for table in _tables(statement.get_final_froms()))
     # Under another name, other rows of the same table are read.
     aliased = {getattr(each.element, "fullname", None) for each in elements if isinstance(each, AliasedReturnsRows)}
@@ -108,38 +128,62 @@ def rows_written(statement: Any, names: Mapping[Any, str], keys: Iterable[str]) 
     return _rows(table, statement._where_criteria, names)
 
 
-def changed_along(statement: Any, keys: Iterable[str]) -> frozenset[str]:
-    """Return the tables whose rows the database changes along with an UPDATE or DELETE, by foreign keys."""
+def table_of(statement: Any) -> Any:
+    """Return what a statement writes to, whatever it is called there."""
     table = getattr(statement, "table", None)
+    while isinstance(table, AliasedReturnsRows):
+        table = table.element
+    return table
+
+
+def changed_along(statement: Any, keys: Iterable[str]) -> frozenset[str]:
+    """Return the tables whose rows the database changes along with what is written, by foreign keys."""
+    table = table_of(statement)
     if not isinstance(table, Table):
         return frozenset()
-    if isinstance(statement, Delete):
-        return frozenset(_deleted_along(table, {table}))
     if isinstance(statement, Update):
-        changed = _columns_set(statement, keys)
-        return frozenset(
-            other.fullname
-            for other, key in _references(table)
-            if (key.onupdate or "").upper() in _CHANGING and key.column.key in changed
-        )
-    return frozenset()
+        return frozenset(_updated_along(table, _columns_set(statement, keys), set()))
+    if isinstance(statement, Insert):
+        upsert: Any = statement._post_values_clause
+        # SQLAlchemy 2.0 has pairs there.
+        set_: dict[Any, Any] = dict(getattr(upsert, "update_values_to_set", ()))
+        changed = {getattr(each, "key", each) for each in set_}
+        along = frozenset(_updated_along(table, changed, set()))
+        # SQLite's OR REPLACE deletes what is in the way.
+        return along | frozenset(_deleted_along(table, set())) if statement._prefixes else along
+    return frozenset(_deleted_along(table, set()))
 
 
-def _deleted_along(table: Table, seen: set[Table]) -> Iterator[str]:
+def _deleted_along(table: Table, seen: set[Any]) -> Iterator[str]:
     for other, key in _references(table):
-        action = (key.ondelete or "").upper()
-        if action in _CHANGING:
+        action = _action(key.ondelete)
+        if action is None or key in seen:
+            continue
+        seen.add(key)
+        yield other.fullname
+        yield from _deleted_along(other, seen) if action == "CASCADE" else _updated_along(other, {key.parent.key}, seen)
+
+
+def _updated_along(table: Table, changed: Collection[str], seen: set[Any]) -> Iterator[str]:
+    for other, key in _references(table):
+        # A column may be changed where its row is not deleted, and by several ways.
+        if key.column.key in changed and _action(key.onupdate) is not None and (key, "updated") not in seen:
+            seen.add((key, "updated"))
             yield other.fullname
-        if action == "CASCADE" and other not in seen:
-            seen.add(other)
-            yield from _deleted_along(other, seen)
+            yield from _updated_along(other, {key.parent.key}, seen)
+
+
+def _action(rule: str | None) -> str | None:
+    """Return what a foreign key does to its row, if anything; it may name columns (PostgreSQL 15)."""
+    action = (rule or "").partition("(")[0].strip().upper()
+    return action if action in _CHANGING else None
 
 
 def _references(table: Table) -> Iterator[tuple[Table, Any]]:
     for other in table.metadata.tables.values():
         for key in other.foreign_keys:
             try:
-                refers = key.column.table is table
+                refers = key.column.table.fullname == table.fullname
             except NoReferenceError:
                 continue
             if refers:
@@ -151,6 +195,10 @@ def _columns_set(statement: Update, keys: Iterable[str]) -> set[str]:
     # SQLAlchemy 2.0 keeps those of ordered_values() apart.
     given += [column for column, _ in getattr(statement, "_ordered_values", None) or ()]
     return {getattr(each, "key", each) for each in given}
+
+
+def _is_aggregate(element: Any) -> bool:
+    return isinstance(element, FunctionElement) and element.name.lower() in _AGGREGATES
 
 
 def _tables(sources: Iterable[Any]) -> Iterator[Table]:

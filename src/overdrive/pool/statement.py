@@ -17,11 +17,13 @@ from sqlalchemy import (
     ColumnClause,
     ColumnElement,
     CompoundSelect,
+    FromClause,
     Insert,
     Select,
     Table,
     TableClause,
     TextClause,
+    TextualSelect,
     UpdateBase,
 )
 from sqlalchemy.engine.interfaces import Compiled
@@ -137,7 +139,12 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 _FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
-_PLAIN_LITERAL = re.compile(r"[\w.*\"]+|'[^']*'")
+#: What makes a text that begins by reading do more: another statement after it, or that it is explained by doing it.
+_AND_MORE = re.compile(r";\s*\S|^\s*explain\b.*\banaly[sz]e\b", re.IGNORECASE | re.DOTALL)
+#: Names and strings, but none of the names by which SQL calls functions.
+_PLAIN_LITERAL = re.compile(
+    r"(?!(?:current_\w+|localtime|localtimestamp|session_user|system_user|user)$)[\w.*\"]+|'[^']*'", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +198,10 @@ def first_word(sql: str) -> str:
 
 def _facts_of_text(sql: str) -> Facts:
     word = first_word(sql)
-    if word in _SAVEPOINT_WORDS:
+    if word in _SAVEPOINT_WORDS and not _AND_MORE.search(sql):
         return Facts(frozenset(), frozenset(), None, plain=False)
     everything = frozenset((EVERYTHING,))
-    writes = frozenset[str]() if word in _READING_WORDS else everything
+    writes = everything if _may_write(sql) else frozenset[str]()
     temporary = frozenset(_name_of(found) for found in _TEMPORARY.finditer(sql))
     reshapes = bool(writes) and _RESHAPING.search(sql) is not None
     unknown = "textual SQL names no tables"
@@ -206,6 +213,10 @@ def _name_of(found: re.Match[str]) -> str:
     return quoted.replace('""', '"') if quoted else plain.lower()
 
 
+def _may_write(sql: str) -> bool:
+    return first_word(sql) not in _READING_WORDS or _AND_MORE.search(sql) is not None
+
+
 def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
     statement = compiled.statement
     if statement is None or not isinstance(statement, Select | CompoundSelect | UpdateBase):
@@ -214,12 +225,17 @@ def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
     state = compiled.compile_state
     final = statement if state is None else state.statement
     sent = list(visitors.iterate(final))
+    if any(element is not final and _is_of_orm(element) for element in sent):
+        sent += _within(compiled)
     elements = sent if final is statement else [*visitors.iterate(statement), *sent]
 
     unknown = next(filter(None, map(_mystery, elements)), None)
     locking = any(isinstance(element, ForUpdateArg) for element in elements)
     reads = frozenset(_table_names(elements))
     names, keys = compiled.bind_names, compiled.column_keys or ()
+    # SQL by hand may write, and what refers to a table of which only the name is known may be changed along.
+    if any(map(_may_write_anything, elements)):
+        return Facts(reads, frozenset((EVERYTHING,)), unknown, plain=False)
     if not any(isinstance(element, UpdateBase) for element in elements):
         rows_read = rows.rows_read(final, sent, names)
         reads -= {each.table for each in rows_read}
@@ -233,8 +249,37 @@ def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
     return Facts(reads, writes | along, unknown, plain=False, rows_written=rows_written, scattered=scattered)
 
 
+def _may_write_anything(element: Any) -> bool:
+    if isinstance(element, TextualSelect):
+        return _may_write(getattr(element.element, "text", ""))
+    if isinstance(element, UpdateBase) and not isinstance(element, Insert):
+        return not isinstance(rows.table_of(element), Table)
+    return False
+
+
+def _is_of_orm(element: Any) -> bool:
+    return isinstance(element, Select) and element._propagate_attrs.get("compile_state_plugin") == "orm"
+
+
+def _within(compiled: Any) -> Iterator[Any]:
+    """Yield all that there is in the SELECTs inside of an ORM statement, with what is added to them by mappings.
+
+    That is done while they are compiled, and nobody keeps it.
+    """
+    found: list[Any] = []
+
+    class Recording(type(compiled)):  # type: ignore[misc]
+        def _compose_select_body(self, text: str, select: Any, *others: Any) -> Any:
+            found.append(select)
+            return super()._compose_select_body(text, select, *others)
+
+    Recording(compiled.dialect, compiled.statement)
+    return (element for select in found for element in visitors.iterate(select))
+
+
 def _only_adds(element: UpdateBase) -> bool:
-    return isinstance(element, Insert) and element._post_values_clause is None
+    # A prefix may be SQLite's OR REPLACE.
+    return isinstance(element, Insert) and element._post_values_clause is None and not element._prefixes
 
 
 def _table_names(elements: Any) -> Iterator[str]:
@@ -254,7 +299,7 @@ def _mystery(element: Any) -> str | None:
             return "literal_column() names no tables"
     elif isinstance(element, Table) and any("TEMP" in prefix.upper() for prefix in element._prefixes):
         return f"{element.name} is a temporary table, of which each connection has its own"
-    elif isinstance(element, ColumnElement) and not type(element).__module__.startswith("sqlalchemy."):
+    elif isinstance(element, ColumnElement | FromClause) and not type(element).__module__.startswith("sqlalchemy."):
         return f"the element {type(element).__name__} is not SQLAlchemy's own"
     return None
 
