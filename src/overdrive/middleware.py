@@ -80,25 +80,26 @@ class Observer:
         scope[_OBSERVED] = True
         # What tells tenants apart may fail, and then has the app's own answer.
         known = self._installation.known(scope, None) if self._is_innermost and self._installation.cached else None
-        if known is None or not await self._answers(known, scope, send):
-            await self._serve(scope, receive, send)
+        if known is not None:
+            # Nothing between here and the router should have a look at the request.
+            started = time.perf_counter()
+            held = self._installation.cache.held(known.policy, known.key)
+            if (entry := held or await self._glance(known, started, scope)) is not None:
+                await self._answer(known, entry, started, scope, send)
+                return
+        await self._serve(scope, receive, send)
 
-    async def _answers(self, known: Known, scope: Scope, send: Send) -> bool:
-        """Answer from the cache, if it can, and say whether: nothing between here and the router should have a look."""
-        cache, started = self._installation.cache, time.perf_counter()
-        entry = cache.held(known.policy, known.key)
-        if entry is None:
-            try:
-                found = await cache.glance(known.policy, known.key)
-            except asyncio.CancelledError:
-                self._tell_cancelled(_context_of(scope, self._installation), started)
-                raise
-            if not isinstance(found, Entry):
-                scope[_FOUND] = found
-                return False
-            entry = found
-        await self._answer(known, entry, started, scope, send)
-        return True
+    async def _glance(self, known: Known, started: float, scope: Scope) -> Entry | None:
+        """Ask the store, where it is not in this process, for what answers a request."""
+        try:
+            found = await self._installation.cache.glance(known.policy, known.key)
+        except asyncio.CancelledError:
+            self._tell_cancelled(_context_of(scope, self._installation), started)
+            raise
+        if isinstance(found, Entry):
+            return found
+        scope[_FOUND] = found
+        return None
 
     async def _answer(self, known: Known, entry: Entry, started: float, scope: Scope, send: Send) -> None:
         installation, policy = self._installation, known.policy
