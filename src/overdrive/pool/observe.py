@@ -160,6 +160,8 @@ class Observation:
         self.loop: asyncio.AbstractEventLoop | None = None
         #: Whom requests ask before they have a connection.
         self.admission: Admission | None = None
+        #: When the database was last asked for something, and when it last gave an answer.
+        self._asked_at = self._answered_at = 0.0
         self._everything = f"{name}/{EVERYTHING}"
         self._tags: dict[Facts, tuple[frozenset[str], frozenset[str]]] = {}
         self._listen()
@@ -205,12 +207,13 @@ class Observation:
                 context.wrote |= writes
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
-        transaction.started = time.perf_counter()
+        self._asked_at = transaction.started = time.perf_counter()
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
         """Note that the statement last started on the connection with `info` was answered."""
         transaction = _transaction_of(info)
-        duration = time.perf_counter() - transaction.started
+        self._answered_at = now = time.perf_counter()
+        duration = now - transaction.started
         facts, transaction.facts = transaction.facts, None
         if (context := current()) is not None:
             context.statements += 1
@@ -233,6 +236,10 @@ class Observation:
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
         if autocommit and facts.writes:
             self._report(transaction.announced, Outcome.COMMITTED)
+
+    def is_silent(self, seconds: float) -> bool:
+        """Say whether the database owes an answer, and has given none to anybody for so long."""
+        return self._asked_at > self._answered_at and time.perf_counter() - self._asked_at > seconds
 
     def _tags_of(self, facts: Facts, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
         tags = self._tags.get(facts)
@@ -278,6 +285,9 @@ class Observation:
         self.finished(connection.info, sql, _count_of(cursor), autocommit=self._is_autocommit(connection))
 
     def _handle_error(self, failure: ExceptionContext) -> None:
+        # An error is an answer, unless it is of the driver, or of who does not wait for it.
+        if failure.sqlalchemy_exception is not None and not failure.is_disconnect:
+            self._answered_at = time.perf_counter()
         connection = failure.connection
         if connection is None or connection.invalidated or connection.closed:
             return
@@ -333,7 +343,9 @@ class Observation:
                 return
             try:
                 with self._announced(transaction):
+                    self._asked_at = time.perf_counter()
                     commit(connection, *args, **kwargs)
+                    self._answered_at = time.perf_counter()
             except Exception as error:
                 # SQLAlchemy takes a transaction whose commit has failed for ended. It is still open where the
                 # observer refused the commit, and always on SQLite.
