@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overdrive.pool.closing._CANCEL_TIMEOUT", 0.1)
     monkeypatch.setattr("overdrive.pool.closing._CLOSE_TIMEOUT", 0.2)
-    monkeypatch.setattr("overdrive.pool.session._GRACE", 0.2)
+    monkeypatch.setattr("overdrive.pool.session._GRACE", 0.1)
 
 
 @pytest.fixture(params=["asyncpg", "psycopg"])
@@ -106,7 +106,7 @@ class Service:
 
     def __init__(self, url: str, **pool: Any) -> None:
         self.app = FastAPI()
-        pool = {"size": 2, "max_overflow": 0, "deadline": 0.5, **pool}
+        pool = {"size": 2, "max_overflow": 0, "deadline": 0.3, **pool}
         settings = Settings(database_url=url, pool=pool, admission={"away_after": 0})  # type: ignore[arg-type]
         self.overdrive = Overdrive(self.app, settings=settings)
         self.app.include_router(health_router)
@@ -142,7 +142,10 @@ def database(postgres_url: str) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("path", ["/async", "/sync"])
+# Plain functions have psycopg, whatever the rest has.
+@pytest.mark.parametrize(
+    ("driver_url", "path"), [("asyncpg", "/async"), ("psycopg", "/async"), ("psycopg", "/sync")], indirect=["driver_url"]
+)
 @pytest.mark.parametrize("loss", ["silent", "closed"])
 async def test_a_commit_without_an_answer_is_no_success_and_is_not_sent_again(
     wired: tuple[Wire, str], database: Engine, path: str, loss: Loss
@@ -162,7 +165,11 @@ async def test_a_commit_without_an_answer_is_no_success_and_is_not_sent_again(
     await service.overdrive.aclose()
 
 
-@pytest.mark.parametrize("path", ["/read", "/read-in-thread"])
+@pytest.mark.parametrize(
+    ("driver_url", "path"),
+    [("asyncpg", "/read"), ("psycopg", "/read"), ("psycopg", "/read-in-thread")],
+    indirect=["driver_url"],
+)
 async def test_a_deadline_holds_where_the_database_is_silent(
     wired: tuple[Wire, str], database: Engine, path: str
 ) -> None:
@@ -213,4 +220,6 @@ async def test_ready_tells_of_a_silent_database_with_all_connections_out_and_of_
         await status(http, 200)
         for connection in connections:
             await connection.close()
+    assert (asking := service.overdrive.readiness._asking) is not None
+    await asyncio.wait([asking])
     await service.overdrive.aclose()
