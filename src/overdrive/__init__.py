@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .errors import DeadlineExceededError as DeadlineExceededError
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
-    from .errors import OverdriveError as OverdriveError
     from .errors import OutcomeUnknownError as OutcomeUnknownError
+    from .errors import OverdriveError as OverdriveError
     from .errors import OverloadedError as OverloadedError
     from .errors import PageError as PageError
     from .errors import PageTooDeepError as PageTooDeepError

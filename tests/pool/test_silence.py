@@ -66,10 +66,9 @@ async def test_who_gives_up_a_silent_connection_is_let_go_and_its_place_is_free(
 
 
 async def test_a_place_is_not_lost_to_a_server_that_falls_silent_while_it_is_connected_to(
-    wired: tuple[Wire, str], monkeypatch: pytest.MonkeyPatch
+    driver_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    between, url = wired
-    engine = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.5)
+    engine = create_engine(driver_url, pool_size=1, max_overflow=0, pool_timeout=0.5)
     # What is first said on a connection is not heard any more.
     monkeypatch.setattr("overdrive.pool.engine._have_client_watched", lambda _: asyncio.sleep(30))
     with pytest.raises(Exception, match="could not be opened within"):
@@ -144,7 +143,9 @@ def database(postgres_url: str) -> Iterator[Engine]:
 
 # Plain functions have psycopg, whatever the rest has.
 @pytest.mark.parametrize(
-    ("driver_url", "path"), [("asyncpg", "/async"), ("psycopg", "/async"), ("psycopg", "/sync")], indirect=["driver_url"]
+    ("driver_url", "path"),
+    [("asyncpg", "/async"), ("psycopg", "/async"), ("psycopg", "/sync")],
+    indirect=["driver_url"],
 )
 @pytest.mark.parametrize("loss", ["silent", "closed"])
 async def test_a_commit_without_an_answer_is_no_success_and_is_not_sent_again(
@@ -220,6 +221,7 @@ async def test_ready_tells_of_a_silent_database_with_all_connections_out_and_of_
         await status(http, 200)
         for connection in connections:
             await connection.close()
-    assert (asking := service.overdrive.readiness._asking) is not None
+    asking = service.overdrive.readiness._asking
+    assert asking is not None
     await asyncio.wait([asking])
     await service.overdrive.aclose()

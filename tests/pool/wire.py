@@ -1,4 +1,4 @@
-"""A wire between a pool and its database, which fails as networks do: without a word, and in the middle of a sentence."""
+"""A wire between a pool and its database, which fails as networks do: without a word, or in the middle of one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class _Pair:
 class Wire:
     """A TCP proxy.
 
+    server: what is at its other end, for connections that are opened now.
     is_silent: whether connections that are opened now are swallowed, too.
     loses_commits: what happens between a COMMIT and its answer; None for nothing.
     commits: how many COMMITs have been seen.
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self._server = host, port
+        self.server = host, port
         self._pairs: set[_Pair] = set()
         self._ends: set[asyncio.StreamWriter] = set()
         self.is_silent = False
@@ -52,7 +53,7 @@ class Wire:
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pair = _Pair(self.is_silent)
         self._pairs.add(pair)
-        server_reader, server_writer = await asyncio.open_connection(*self._server)
+        server_reader, server_writer = await asyncio.open_connection(*self.server)
         ends = {writer, server_writer}
         self._ends |= ends
         await asyncio.gather(

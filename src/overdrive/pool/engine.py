@@ -289,7 +289,7 @@ def _give_up_silence(dbapi_connection: Any, _record: Any) -> None:
     """Have the kernel end a connection whose other end has been silent for three seconds.
 
     Whether something was sent and is not acknowledged (RFC 5482), or nothing was to be sent: then it asks (RFC 1122,
-    section 4.2.3.6), first after two. That of a server which is busy, or stopped, answers. libpq does the same by itself.
+    section 4.2.3.6), first after two. That of a busy server answers. libpq does the same by itself.
     """
     end = dbapi_connection.driver_connection._transport.get_extra_info("socket")
     if end.family == socket.AF_UNIX:
