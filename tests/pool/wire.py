@@ -85,7 +85,7 @@ class Wire:
                 if pair.loses_answer and not is_client:
                     pair.is_deaf = self.loses_commits == "silent"
                     if not pair.is_deaf:
-                        return
+                        break
                     continue
                 sink.write(data)
                 await sink.drain()

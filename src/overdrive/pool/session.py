@@ -36,7 +36,7 @@ _CONNECTIONS = "overdrive_connections"
 
 
 #: Seconds a commit that was begun in its request's time has beyond that.
-_GRACE = 5.0
+_GRACE = 2.0
 
 
 def _time_left() -> float | None:
@@ -216,7 +216,7 @@ class AsyncWork:
     async def end(self, status: int) -> None:
         """Commit or roll back as the status asks; raises what the commit raises, with nothing kept.
 
-        Raises `OutcomeUnknownError` where it is not answered within five seconds of the request's deadline.
+        Raises `OutcomeUnknownError` where it is not answered within two seconds of the request's deadline.
         """
         if self._over:
             return
