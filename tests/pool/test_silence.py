@@ -17,6 +17,7 @@ from support import Item, call, client, eventually, names, tables
 
 from overdrive import Overdrive, SessionDep, Settings, SyncSessionDep, create_engine, health_router
 from overdrive.pool.engine import create_sync_engine
+from overdrive.pool.observe import Outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -100,6 +101,19 @@ async def test_kernel_is_told_to_give_up_silence(driver_url: str) -> None:
     other.dispose()
 
 
+class Told:
+    """What is told of the ends of commits."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+
+    async def before(self, writes: frozenset[str], sql: str) -> None:
+        pass
+
+    async def after(self, token: None, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+
 class Service:
     """An app that writes, at the other end of a wire."""
 
@@ -110,6 +124,10 @@ class Service:
         self.overdrive = Overdrive(self.app, settings=settings)
         self.app.include_router(health_router)
         self.runs = 0
+        self.told = Told()
+        self.overdrive.sync_sessions()
+        for observation in self.overdrive._observations:
+            observation.observers = [self.told]
 
         @self.app.get("/async")
         async def write(db: SessionDep) -> None:
@@ -158,8 +176,9 @@ async def test_a_commit_without_an_answer_is_no_success_and_is_not_sent_again(
     answer = await asyncio.wait_for(call(service.app, path), 5)
     assert (answer.status, answer.starts) == (500, 1)
     assert (service.runs, between.commits) == (2, 2)
-    between.loses_commits = None
     # It was kept, which nobody here can know.
+    assert service.told.outcomes == [Outcome.COMMITTED, Outcome.UNKNOWN]
+    between.loses_commits = None
     await eventually(lambda: names(database) == ["written"] * 2)
     assert (await call(service.app, path)).status == 200
     await eventually(lambda: service.checked_out == 0)

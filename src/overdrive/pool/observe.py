@@ -349,7 +349,7 @@ class Observation:
             except Exception as error:
                 # SQLAlchemy takes a transaction whose commit has failed for ended. It is still open where the
                 # observer refused the commit, and always on SQLite.
-                if not self._lost_connection(error):
+                if self._is_refused(error):
                     self.engine.dialect.do_rollback(connection)
                 raise
             transaction.end()
@@ -376,14 +376,18 @@ class Observation:
     def _announced(self, transaction: _Transaction) -> Iterator[None]:
         """Tell the observers of what the block makes visible, before and after it."""
         announced: Announced = []
+        dialect: Any = self.engine.dialect
         outcome = Outcome.UNKNOWN
+        is_sent = False
         try:
             if transaction.writes:
                 self._announce(frozenset(transaction.writes), transaction.sql, announced)
+            is_sent = True
             yield
             outcome = Outcome.COMMITTED
         except Exception as error:
-            if not self._lost_connection(error):
+            # Once it is sent, an error of anybody but the server, a time limit of the driver's say, tells nothing.
+            if not is_sent or (isinstance(error, dialect.dbapi.Error) and self._is_refused(error)):
                 outcome = Outcome.ROLLED_BACK
             raise
         finally:
@@ -423,9 +427,19 @@ class Observation:
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 
-    def _lost_connection(self, error: Exception) -> bool:
+    def _is_refused(self, error: Exception) -> bool:
+        """Say whether a commit has failed for certain: its server says so, or it was not sent.
+
+        A server that ends or loses the connection (SQLSTATE 57P and class 08) may have kept it before, and a driver
+        that finds the connection gone knows nothing.
+        """
         dialect: Any = self.engine.dialect
-        return isinstance(error, dialect.dbapi.Error) and dialect.is_disconnect(error, None, None)
+        if not isinstance(error, dialect.dbapi.Error):
+            return True
+        if dialect.name != "postgresql":
+            return not dialect.is_disconnect(error, None, None)
+        state = getattr(error, "sqlstate", None)
+        return state is not None and not state.startswith(("08", "57P"))
 
     # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
 
