@@ -223,8 +223,15 @@ class AsyncWork:
         self._over = True
         try:
             if self.session.in_transaction() and self._commit_on(status):
-                async with asyncio.timeout(_time_left()) as limit:
-                    await self.session.commit()
+                await self._commit()
+        finally:
+            await self._close()
+
+    async def _commit(self) -> None:
+        limit = asyncio.timeout(_time_left())
+        try:
+            async with limit:
+                await self.session.commit()
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -232,8 +239,6 @@ class AsyncWork:
                 "the database has not answered a COMMIT: what this request wrote may be there or not; look, or send it "
                 "again where that does no harm"
             ) from error
-        finally:
-            await self._close()
 
     async def abandon(self) -> None:
         """Roll back and give the connection back."""
