@@ -42,7 +42,7 @@ def two_servers(directory: Path) -> Iterator[tuple[str, str]]:
     # Under root the servers are another account's.
     directory.chmod(0o755)
     first, second = directory / "first", directory / "second"
-    options = {"wal_level": "replica", "max_wal_senders": "5", "max_connections": "40"}
+    options = {"wal_level": "replica", "max_wal_senders": "5", "max_connections": "100"}
     with servers.postgres(first, **options):
         pass
     shutil.copytree(first / "data", second / "data")
@@ -170,7 +170,7 @@ async def test_what_was_answered_is_there(
                 await faults[name](primary)
                 await measured(name)
                 # Most of the time all is well.
-                goal = len(service.acknowledged) + WRITES // 50
+                goal = len(service.acknowledged) + WRITES // 30
                 await eventually(lambda: len(service.acknowledged) > goal, 600)  # noqa: B023
                 if len(service.acknowledged) >= WRITES:
                     break
