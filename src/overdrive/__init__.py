@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .errors import DeadlineExceededError as DeadlineExceededError
     from .errors import InvalidCursorError as InvalidCursorError
     from .errors import NotInstalledError as NotInstalledError
+    from .errors import OutcomeUnknownError as OutcomeUnknownError
     from .errors import OverdriveError as OverdriveError
     from .errors import OverloadedError as OverloadedError
     from .errors import PageError as PageError
@@ -84,6 +85,7 @@ _MODULES = {
         "InvalidCursorError",
         "NotInstalledError",
         "OverdriveError",
+        "OutcomeUnknownError",
         "OverloadedError",
         "PageError",
         "PageTooDeepError",

@@ -4,6 +4,7 @@
     * `ConfigurationError` (500): a setting, a route or a missing extra; raised at start-up where it can be
     * `NotInstalledError` (500): a part was used on a request that no `Overdrive(app)` observes
     * `SessionEndedError` (500): the request's session was used after its response had begun
+    * `OutcomeUnknownError` (500): a commit that was sent and never answered: it may have been kept
     * `PageError` (500): the endpoint's query or page style cannot be paginated as written
     * `OverloadedError` (503): there is more to do than can be done now; answered with `Retry-After`
         * `DeadlineExceededError` (503): the request's time has run out
@@ -38,6 +39,12 @@ class SessionEndedError(OverdriveError):
     """The request's session was used after its response had begun; the message names the fix."""
 
     code = "session_ended"
+
+
+class OutcomeUnknownError(OverdriveError):
+    """A COMMIT was sent, and its answer has not come within the request's time: what was written may have been kept."""
+
+    code = "outcome_unknown"
 
 
 class PageError(OverdriveError):

@@ -19,6 +19,7 @@ from .config import AdmissionSettings
 from .context import current
 from .errors import ConfigurationError, NotInstalledError
 from .pool.engine import capacity_of, ping
+from .pool.observe import observation_of
 from .pool.tasks import start
 
 #: Seconds for which an answer of the database is good, and seconds it has for one.
@@ -28,7 +29,8 @@ _GOOD_FOR, _PATIENCE = 1.0, 1.0
 class Readiness:
     """Whether a process is to be sent requests: between its start-up and its end, and while its database answers.
 
-    The database is asked once a second at most, whoever asks for that, and nobody waits for its answer but the first.
+    The database is asked once a second at most, whoever asks for that, and nobody waits for its answer but the first,
+    and while it was last seen away.
     """
 
     def __init__(self, engine: AsyncEngine, settings: AdmissionSettings) -> None:
@@ -50,8 +52,8 @@ class Readiness:
             self._asked_at = now
             # It is nobody's request, and asks no gate.
             self._asking = Context().run(start, self._ask())
-        if first and self._asking is not None:
-            await asyncio.wait([self._asking])
+        if (first or self._away_since is not None) and self._asking is not None:
+            await asyncio.wait([self._asking], timeout=_PATIENCE)
         away = self._away_since is not None and time.monotonic() - self._away_since >= self._settings.away_after
         return "database" if away else None
 
@@ -61,15 +63,18 @@ class Readiness:
                 await ping(self._engine)
         except (ConfigurationError, TimeoutError):
             # One that has too much to do is not away.
-            if not self._is_busy():
-                self._away_since = self._away_since or time.monotonic()
+            self._away_since = None if self._is_busy() else self._away_since or time.monotonic()
         else:
             self._away_since = None
 
     def _is_busy(self) -> bool:
+        """Say whether there was no connection to ask on, though those who have one get answers."""
         pool: Any = self._engine.pool
         capacity = capacity_of(pool)
-        return capacity is not None and pool.checkedout() >= capacity
+        if capacity is None or pool.checkedout() < capacity:
+            return False
+        observation = observation_of(self._engine.sync_engine)
+        return observation is None or not observation.is_silent(_PATIENCE)
 
     # Life
 

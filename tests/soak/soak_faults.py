@@ -7,14 +7,12 @@ server start anew after a crash.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from pool.faults import OURS, crash, end_all, lock_the_table, stop_one, take_all_connections
 from pool.storm import make, one, pool_of
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,9 +21,6 @@ from support import eventually
 from overdrive.demo import servers
 
 pytestmark = pytest.mark.anyio
-
-OURS = "FROM pg_stat_activity WHERE application_name = 'fair'"
-END_ALL = f"SELECT pg_terminate_backend(pid) {OURS}"
 
 
 @pytest.fixture
@@ -70,45 +65,6 @@ class Load:
         """Wait until writes are acknowledged again."""
         before = len(self.acknowledged)
         await eventually(lambda: len(self.acknowledged) > before + 20, 20)
-
-
-async def end_all(server: str) -> None:
-    with psycopg.connect(server, autocommit=True) as outside:
-        for _ in range(20):
-            outside.execute(END_ALL)
-            await asyncio.sleep(0.05)
-
-
-async def stop_one(server: str) -> None:
-    with psycopg.connect(server, autocommit=True) as outside:
-        [pid] = outside.execute(f"SELECT pid {OURS} LIMIT 1").fetchone() or []
-    os.kill(pid, signal.SIGSTOP)
-    await asyncio.sleep(3)
-    os.kill(pid, signal.SIGCONT)
-
-
-async def lock_the_table(server: str) -> None:
-    with psycopg.connect(server) as outside:
-        # Whoever is writing needs this loop to come to an end.
-        await asyncio.to_thread(outside.execute, "LOCK TABLE written")
-        await asyncio.sleep(3)
-
-
-async def take_all_connections(server: str) -> None:
-    with contextlib.ExitStack() as held:
-        with psycopg.connect(server, autocommit=True) as outside:
-            outside.execute(END_ALL)
-            with contextlib.suppress(psycopg.OperationalError):
-                while True:
-                    held.enter_context(psycopg.connect(server))
-        await asyncio.sleep(2)
-
-
-async def crash(server: str) -> None:
-    with psycopg.connect(server, autocommit=True) as outside:
-        [pid] = outside.execute(f"SELECT pid {OURS} LIMIT 1").fetchone() or []
-    os.kill(pid, signal.SIGKILL)
-    await asyncio.sleep(2)
 
 
 FAULTS = [end_all, stop_one, lock_the_table, take_all_connections, crash]

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -39,7 +39,7 @@ _POLL_SECONDS = 0.02
 
 
 @contextmanager
-def postgres(directory: Path) -> Iterator[str]:
+def postgres(directory: Path, **settings: str) -> Iterator[str]:
     """Run PostgreSQL until the block ends and yield its URL, `postgresql://postgres@127.0.0.1:<port>/postgres`.
 
     Parameters:
@@ -47,6 +47,7 @@ def postgres(directory: Path) -> Iterator[str]:
             which is served again; made where missing. Under root the server runs as `nobody`, as PostgreSQL
             refuses root: the directory is handed to that account. Where that account could not reach a
             directory to be made, as below `/root`, it becomes a link into the system's temporary directory.
+        settings: what is to be otherwise in `postgresql.conf`.
 
     Raises:
         ConfigurationError: the wheel is missing, another server still runs in the directory, or this one cannot
@@ -60,12 +61,14 @@ def postgres(directory: Path) -> Iterator[str]:
             binaries = _hand_over(directory, binaries, account)
         if not (directory / "data").exists():
             _initialize(binaries, directory, lock, account)
-        with _postgres_running(binaries, directory, lock, account) as url:
+        with _postgres_running(binaries, directory, lock, account, settings) as url:
             yield url
 
 
 @contextmanager
-def _postgres_running(binaries: Path, directory: Path, lock: int, account: pwd.struct_passwd | None) -> Iterator[str]:
+def _postgres_running(
+    binaries: Path, directory: Path, lock: int, account: pwd.struct_passwd | None, changed: Mapping[str, str]
+) -> Iterator[str]:
     port = _free_port()
     settings = {
         "listen_addresses": _HOST,
@@ -79,6 +82,7 @@ def _postgres_running(binaries: Path, directory: Path, lock: int, account: pwd.s
         "wal_level": "minimal",
         "max_wal_senders": "0",
         "max_prepared_transactions": "5",
+        **changed,
     }
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [str(binaries / "postgres"), "-D", str(directory / "data"), *options]

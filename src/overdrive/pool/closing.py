@@ -10,17 +10,25 @@ import contextlib
 import os
 import socket
 import weakref
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Dialect
 from sqlalchemy.util import greenlet_spawn
 
+from .tasks import to_the_end
+
 #: Seconds a server has to confirm that it has cancelled a statement, and closed its end.
 _CLOSE_TIMEOUT = 2
 
-#: Of a psycopg connection: how its statement is cancelled, and a second handle of its socket. It can be asked for
-#: neither once it is closed, and cancelled twice it closes itself and leaves the server to its statement.
-_psycopg: weakref.WeakKeyDictionary[Any, tuple[Any, weakref.finalize[..., Any]]] = weakref.WeakKeyDictionary()
+#: Seconds a server has to confirm that it has cancelled a statement of psycopg's, to whom alone it would be ten.
+_CANCEL_TIMEOUT = 1.0
+#: libpq's PQTRANS_ACTIVE: a statement is at work.
+_ACTIVE = 1
+
+#: Of a psycopg connection, a second handle of its socket. It cannot be asked for it once it is closed, and cancelled
+#: twice it closes itself and leaves the server to its statement.
+_psycopg: weakref.WeakKeyDictionary[Any, weakref.finalize[..., Any]] = weakref.WeakKeyDictionary()
 
 
 def watch(dialect: Dialect, dbapi_connection: Any) -> None:
@@ -29,7 +37,33 @@ def watch(dialect: Dialect, dbapi_connection: Any) -> None:
     # The server may have ended it already.
     if "psycopg" in dialect.driver and not connection.closed:
         handle = os.dup(connection.pgconn.socket)
-        _psycopg[connection] = connection.pgconn.get_cancel(), weakref.finalize(connection, os.close, handle)
+        _psycopg[connection] = weakref.finalize(connection, os.close, handle)
+        connection.cancel_safe = partial(_cancel, weakref.ref(connection))
+
+
+async def _cancel(reference: weakref.ref[Any], **_options: Any) -> None:
+    """Cancel the statement of a psycopg connection, which SQLAlchemy then discards, in less time than psycopg would."""
+    if (connection := reference()) is None:
+        return
+    asyncio.get_running_loop().call_later(_CANCEL_TIMEOUT, _end_wait, reference)
+    # Who is cancelled twice does not stay to see it sent.
+    await to_the_end(type(connection).cancel_safe(connection, timeout=_CANCEL_TIMEOUT))
+
+
+def _end_wait(reference: weakref.ref[Any]) -> None:
+    if (connection := reference()) is not None:
+        hang_up(connection)
+
+
+def hang_up(connection: Any) -> None:
+    """End the wait for an answer to a statement: what a psycopg connection reads from now on is the end.
+
+    May be called from another thread than the one that waits.
+    """
+    pgconn = getattr(connection, "pgconn", None)
+    if pgconn is not None and not connection.closed and pgconn.transaction_status == _ACTIVE:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(pgconn.socket)) as end:
+            end.shutdown(socket.SHUT_RDWR)
 
 
 async def close(dialect: Dialect, dbapi_connection: Any) -> None:
@@ -49,10 +83,8 @@ async def close(dialect: Dialect, dbapi_connection: Any) -> None:
         if (stopped := connection.stop()) is not None:
             await stopped
     elif (watched := _psycopg.pop(connection, None)) is not None:
-        if connection.closed:
-            await asyncio.to_thread(watched[0].cancel)
         await greenlet_spawn(dialect.do_close, dbapi_connection)
-        await _closed_by_server(watched[1])
+        await _closed_by_server(watched)
     else:
         await greenlet_spawn(dialect.do_close, dbapi_connection)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import socket
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
@@ -60,6 +61,19 @@ _READ_ONLY = "25006"
 _READ_ONLY_SERVER = ("in_hot_standby", "default_transaction_read_only")
 #: Seconds after which connections may be replaced again because their server takes no writes.
 _FAILOVER_PAUSE = 1.0
+#: Seconds of silence after which a connection is given up, as it is opened and later: what has failed over answers at
+#: the same address, while nobody tells of the other end of a connection to a machine that is gone.
+_SILENCE = 3
+#: By driver, how it is told so; asyncpg is no more than given so long to connect (see `_give_up_silence`).
+_IMPATIENT: dict[str, dict[str, Any]] = {
+    "asyncpg": {"timeout": _SILENCE},
+    "psycopg": {
+        "connect_timeout": _SILENCE,
+        "keepalives_idle": _SILENCE - 1,
+        "keepalives_interval": 1,
+        "tcp_user_timeout": _SILENCE * 1000,
+    },
+}
 _EXTRAS = {"asyncpg": "postgres", "psycopg": "postgres", "aiosqlite": "sqlite"}
 
 
@@ -178,9 +192,12 @@ def _adapt(url: URL, options: dict[str, Any], password: Password | None, pgbounc
         raise ConfigurationError("password= takes a function that returns one; what does not change stands in the URL")
     if url.drivername == "sqlite+aiosqlite":
         options["connect_args"] = {"async_creator_fn": _open, **options.get("connect_args", {})}
+    driver = url.get_driver_name()
+    impatient = {name: value for name, value in _IMPATIENT.get(driver, {}).items() if name not in url.query}
+    if impatient:
+        options["connect_args"] = {**impatient, **options.get("connect_args", {})}
     if not pgbouncer:
         return
-    driver = url.get_driver_name()
     if driver not in _BEHIND_PGBOUNCER:
         raise ConfigurationError(f"pgbouncer=True knows {' and '.join(_BEHIND_PGBOUNCER)}, not {url.drivername}")
     options["connect_args"] = {**_BEHIND_PGBOUNCER[driver], **options.get("connect_args", {})}
@@ -218,6 +235,9 @@ def prepare(engine: Engine) -> None:
 
 
 def _prepare_our_own(engine: Engine, password: Password | None) -> None:
+    if engine.dialect.driver == "asyncpg":
+        # Before anything is said on a new connection.
+        event.listen(engine, "connect", _give_up_silence)
     prepare(engine)
     if password is not None:
         setattr(engine, _PASSWORD, password)
@@ -264,6 +284,26 @@ def _is_pooled_elsewhere(dbapi_connection: Any) -> bool:
     if hasattr(dbapi_connection, "_prepared_statement_cache"):
         return dbapi_connection._prepared_statement_cache is None
     return dbapi_connection.driver_connection.prepare_threshold is None
+
+
+def _give_up_silence(dbapi_connection: Any, _record: Any) -> None:
+    """Have the kernel end a connection whose other end has been silent for three seconds.
+
+    Whether something was sent and is not acknowledged (RFC 5482), or nothing was to be sent: then it asks (RFC 1122,
+    section 4.2.3.6), first after two. That of a busy server answers. libpq does the same by itself.
+    """
+    end = dbapi_connection.driver_connection._transport.get_extra_info("socket")
+    if end.family == socket.AF_UNIX:
+        return
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Not every system has them.
+    for name, value in (
+        ("TCP_KEEPIDLE", _SILENCE - 1),
+        ("TCP_KEEPINTVL", 1),
+        ("TCP_USER_TIMEOUT", _SILENCE * 1000),
+    ):
+        if (option := getattr(socket, name, None)) is not None:
+            end.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _end_abandoned_queries(dbapi_connection: Any, _record: Any) -> None:

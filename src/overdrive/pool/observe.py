@@ -224,6 +224,8 @@ class Observation:
         self.loop: asyncio.AbstractEventLoop | None = None
         #: Whom requests ask before they have a connection.
         self.admission: Admission | None = None
+        #: When the database was last asked for something, and when it last gave an answer.
+        self._asked_at = self._answered_at = 0.0
         self._everything = f"{name}/{EVERYTHING}"
         #: Names of which the database had not said enough at first.
         self._sought: frozenset[str] = frozenset()
@@ -280,12 +282,13 @@ class Observation:
                 context.wrote |= writes
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
-        transaction.started = time.perf_counter()
+        self._asked_at = transaction.started = time.perf_counter()
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
         """Note that the statement last started on the connection with `info` was answered."""
         transaction = _transaction_of(info)
-        duration = time.perf_counter() - transaction.started
+        self._answered_at = now = time.perf_counter()
+        duration = now - transaction.started
         named, transaction.named = transaction.named, None
         if (context := current()) is not None:
             context.statements += 1
@@ -313,6 +316,10 @@ class Observation:
             if facts.reshapes:
                 self._forget()
             self._report(transaction.announced, Outcome.COMMITTED)
+
+    def is_silent(self, seconds: float) -> bool:
+        """Say whether the database owes an answer, and has given none to anybody for so long."""
+        return self._asked_at > self._answered_at and time.perf_counter() - self._asked_at > seconds
 
     def named(self, facts: Facts, schemas: Schemas | None = None) -> Named:
         """Return a statement with what its names stand for, as far as the database has said that.
@@ -451,6 +458,9 @@ class Observation:
                 self._end(transaction)
 
     def _handle_error(self, failure: ExceptionContext) -> None:
+        # An error is an answer, unless it is of the driver, or of who does not wait for it.
+        if failure.sqlalchemy_exception is not None and not failure.is_disconnect:
+            self._answered_at = time.perf_counter()
         connection = failure.connection
         if connection is None or connection.invalidated or connection.closed:
             return
@@ -506,11 +516,13 @@ class Observation:
                 return
             try:
                 with self._announced(transaction):
+                    self._asked_at = time.perf_counter()
                     commit(connection, *args, **kwargs)
+                    self._answered_at = time.perf_counter()
             except Exception as error:
                 # SQLAlchemy takes a transaction whose commit has failed for ended. It is still open where the
                 # observer refused the commit, and always on SQLite.
-                if not self._lost_connection(error):
+                if self._is_refused(error):
                     self.engine.dialect.do_rollback(connection)
                 raise
             self._end(transaction)
@@ -547,14 +559,18 @@ class Observation:
     def _announced(self, transaction: _Transaction) -> Iterator[None]:
         """Tell the observers of what the block makes visible, before and after it."""
         announced: Announced = []
+        dialect: Any = self.engine.dialect
         outcome = Outcome.UNKNOWN
+        is_sent = False
         try:
             if transaction.writes:
                 self._announce(frozenset(transaction.writes), transaction.sql, announced)
+            is_sent = True
             yield
             outcome = Outcome.COMMITTED
         except Exception as error:
-            if not self._lost_connection(error):
+            # Once it is sent, an error of anybody but the server, a time limit of the driver's say, tells nothing.
+            if not is_sent or (isinstance(error, dialect.dbapi.Error) and self._is_refused(error)):
                 outcome = Outcome.ROLLED_BACK
             raise
         finally:
@@ -602,9 +618,19 @@ class Observation:
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 
-    def _lost_connection(self, error: Exception) -> bool:
+    def _is_refused(self, error: Exception) -> bool:
+        """Say whether a commit has failed for certain: its server says so, or it was not sent.
+
+        A server that ends or loses the connection (SQLSTATE 57P and class 08) may have kept it before, and a driver
+        that finds the connection gone knows nothing.
+        """
         dialect: Any = self.engine.dialect
-        return isinstance(error, dialect.dbapi.Error) and dialect.is_disconnect(error, None, None)
+        if not isinstance(error, dialect.dbapi.Error):
+            return True
+        if dialect.name != "postgresql":
+            return not dialect.is_disconnect(error, None, None)
+        state = getattr(error, "sqlstate", None)
+        return state is not None and not state.startswith(("08", "57P"))
 
     # Reporting, from whatever is executing: a greenlet of an async engine, a worker thread, a script
 

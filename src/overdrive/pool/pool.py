@@ -363,10 +363,14 @@ class FairPool(Pool):
 
     def _connect(self) -> Pooled:
         began = time.monotonic()
+        record: Any
         try:
-            record: Any = self._create_connection()
             if self._dialect.is_async:
+                # Nobody waits for longer, and a server that says nothing must not have the place for good.
+                record = await_only(asyncio.wait_for(greenlet_spawn(self._create_connection), self._timeout))
                 watch(self._dialect, record.dbapi_connection)  # type: ignore[arg-type]
+            else:
+                record = self._create_connection()
         except BaseException as error:
             with self._lock:
                 if isinstance(error, Exception):

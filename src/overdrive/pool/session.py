@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 from uuid import UUID
@@ -17,9 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from sqlalchemy.util import await_only
 
-from overdrive.errors import SessionEndedError
+from overdrive.context import current
+from overdrive.errors import OutcomeUnknownError, SessionEndedError
 
 from . import direct
+from .closing import hang_up
 from .engine import capacity_of
 from .entity import KEY, entity_of, make
 from .observe import has_begun, returns_without_waiting
@@ -38,6 +41,18 @@ _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
 #: Where a class of sessions keeps who listens to all of them.
 _HEARD = "overdrive_heard"
+
+
+#: Seconds a commit that was begun in its request's time has beyond that.
+_GRACE = 2.0
+
+
+def _time_left() -> float | None:
+    """Return the seconds after which what the request still waits for will not come; None where it has time."""
+    context = current()
+    if context is None or context.deadline is None:
+        return None
+    return max(0.0, context.deadline - time.monotonic()) + _GRACE
 
 
 def successful(status: int) -> bool:
@@ -236,15 +251,31 @@ class AsyncWork:
         return True
 
     async def end(self, status: int) -> None:
-        """Commit or roll back as the status asks; raises what the commit raises, with nothing kept."""
+        """Commit or roll back as the status asks; raises what the commit raises, with nothing kept.
+
+        Raises `OutcomeUnknownError` where it is not answered within two seconds of the request's deadline.
+        """
         if self._over:
             return
         self._over = True
         try:
             if self.session.in_transaction() and self._commit_on(status):
-                await self.session.commit()
+                await self._commit()
         finally:
             await self._close()
+
+    async def _commit(self) -> None:
+        limit = asyncio.timeout(_time_left())
+        try:
+            async with limit:
+                await self.session.commit()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise OutcomeUnknownError(
+                "the database has not answered a COMMIT: what this request wrote may be there or not; look, or send it "
+                "again where that does no harm"
+            ) from error
 
     async def abandon(self) -> None:
         """Roll back and give the connection back."""
@@ -275,6 +306,14 @@ class SyncWork:
         self._commit_on = commit_on
         self._leave = leave
         self._over = False
+        # Nobody can cancel what waits in a thread.
+        left = _time_left()
+        self._hanging_up = None if left is None else asyncio.get_running_loop().call_later(left, self._hang_up)
+
+    def _hang_up(self) -> None:
+        for connection in self.session.info.get(_CONNECTIONS, ()):
+            if not connection.closed and not connection.invalidated:
+                hang_up(connection.connection.driver_connection)
 
     def settle(self, status: int) -> bool:
         """Threads end it."""
@@ -299,6 +338,8 @@ class SyncWork:
             else:
                 self._close(commit=False)
         finally:
+            if self._hanging_up is not None:
+                self._hanging_up.cancel()
             self._leave()
 
     def _close(self, commit: bool) -> None:
