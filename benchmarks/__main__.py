@@ -27,8 +27,8 @@ from overdrive.demo.data import seed
 
 _USERS = 2_000_000
 _LIBRARIES = [
-    "overdrive", "fastapi", "starlette", "pydantic", "sqlalchemy", "asyncpg", "psycopg-pool", "redis", "uvicorn", "uvloop", "httptools",
-    "litestar", "cashews", "fastapi-cache2", "fastapi-pagination", "loguru", "structlog", "orjson",
+    "overdrive", "fastapi", "starlette", "pydantic", "sqlalchemy", "asyncpg", "redis", "uvicorn", "uvloop", "httptools",
+    "psycopg-pool", "litestar", "cashews", "fastapi-cache2", "fastapi-pagination", "loguru", "structlog", "orjson",
 ]  # fmt: skip
 
 

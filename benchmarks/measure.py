@@ -6,7 +6,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -31,8 +30,8 @@ FEWEST_ROUNDS = 5
 CASTS = 3
 #: Clients that keep five connections busy, and what they ask for to find out what these can do.
 _CEILING_CONNECTIONS, _CEILING_REQUESTS = 10, 200
-#: Clients, and requests, before a storm.
-_WARM_CLIENTS, _WARM_REQUESTS = 5, 30
+#: How much of its capacity a service is asked before a storm, and by how many requests; seconds these may take.
+_WARM_LOAD, _WARM_REQUESTS, _PATIENCE = 0.8, 50, 10
 
 
 def compare(plan: Plan, seconds: float, random: Random, environment: dict[str, str]) -> Comparison:
@@ -167,7 +166,7 @@ def _weather(
         with tempfile.TemporaryDirectory() as directory:
             server = Server(rival.factory, Path(directory), environment)
             try:
-                _warm(server, rival)
+                _warm_up(server, rival, storm.capacity)
                 begins = partial(_note, cpu, server)
                 answers = run_open(server.port, rival.paths, schedule, storm.deadline, begins)
                 begins()
@@ -183,11 +182,12 @@ def _weather(
     return OverloadEntry(rival.name, rival.ours, phases, attainable=attainable, normal_after=normal)
 
 
-def _warm(server: Server, rival: Rival) -> None:
+def _warm_up(server: Server, rival: Rival, capacity: float) -> None:
     """Have connections opened, and copies made where there are to be any."""
-    paths = rival.paths if rival.addresses > 1 else rival.paths * _WARM_REQUESTS
-    with ThreadPoolExecutor(_WARM_CLIENTS) as clients:
-        list(clients.map(server.get, paths))
+    server.get(rival.paths[0])
+    every = 1 / (_WARM_LOAD * capacity)
+    due = [number * every for number in range(max(_WARM_REQUESTS, rival.addresses))]
+    run_open(server.port, rival.paths, [due], deadline=_PATIENCE)
 
 
 def _note(cpu: list[float], server: Server) -> None:

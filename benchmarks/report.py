@@ -238,8 +238,8 @@ def _storm_table(overload: Overload) -> Iterator[str]:
     """What can be said of the storm only beside the calm before it."""
     yield ""
     yield from _wrapped(
-        "  The storm (ceiling: what its connections could do just then, or the CPU, as refusals take time of it, too; "
-        "p99 against the calm; normal: from when on a whole second was answered)",
+        "The storm (ceiling: what its connections could do just then, or the CPU, as refusals take time of it, too; "
+        "p99: against the calm; refused p99: ms; normal: from when on a whole second was answered; good, else: CPU ms)",
         "  ",
     )
     rows = []
@@ -256,12 +256,12 @@ def _storm_table(overload: Overload) -> Iterator[str]:
                 "-" if storm.p99 is None or calm.p99 is None else f"{storm.p99 / calm.p99:.1f} x",
                 _milliseconds(storm.refused_p99),
                 "never" if entry.normal_after is None else f"{entry.normal_after:.2f} s",
-                f"{1e6 * entry.cpu_good:.0f}",
-                f"{1e6 * entry.cpu_other:.0f}",
+                f"{1e3 * entry.cpu_good:.2f}",
+                f"{1e3 * entry.cpu_other:.2f}",
             ]
         )
     yield from _aligned(
-        ["", "ceiling/s", "of it", "of all", "p99", "refused p99 ms", "normal", "good CPU µs", "else CPU µs"],
+        ["", "ceiling/s", "of it", "of all", "p99", "refused p99", "normal", "good", "else"],
         rows,
     )
 
