@@ -8,12 +8,21 @@ from benchmarks.results import Claim
 
 
 class Rival(NamedTuple):
-    """An app and what it is asked. `factory` is `module:function` in `benchmarks.rivals`."""
+    """An app and what it is asked. `factory` is `module:function` in `benchmarks.rivals`.
+
+    addresses: how many it is asked for in turn, where the path has a place `{}` for their numbers.
+    """
 
     name: str
     factory: str
     path: str
     ours: bool = False
+    addresses: int = 1
+
+    @property
+    def paths(self) -> list[str]:
+        """What it is asked for in turn."""
+        return [self.path.format(number) for number in range(1, self.addresses + 1)]
 
 
 class Plan(NamedTuple):
@@ -28,13 +37,17 @@ class Plan(NamedTuple):
 
 
 class Storm(NamedTuple):
-    """Services asked more than they can answer: loads are in multiples of `capacity`, in requests a second."""
+    """Services asked more than they can answer: loads are in multiples of `capacity`, in requests a second.
+
+    ceiling: what cannot be done better: it keeps as many connections busy as the others have.
+    """
 
     name: str
     title: str
     rivals: list[Rival]
+    ceiling: Rival
     capacity: float
-    #: (load, seconds), one after the other.
+    #: (load, seconds), one after the other: calm, storm, and what comes after it.
     phases: list[tuple[float, float]]
     deadline: float
 
@@ -151,13 +164,18 @@ PLANS = [
 STORMS = [
     Storm(
         "overload",
-        "Offered 0.6, 10 and 0.9 times what it can do",
+        "Offered 0.3, 10 and 0.8 times what it can do",
         [
             Rival("stock FastAPI + SQLAlchemy", "plain_fastapi:overloaded", "/slow"),
+            Rival("FastAPI + asyncpg's pool", "fastapi_asyncpg:overloaded", "/slow"),
+            Rival("FastAPI + psycopg_pool", "fastapi_psycopg:overloaded", "/slow"),
+            Rival("the same, max_waiting=50", "fastapi_psycopg:overloaded_with_bounds", "/slow"),
             Rival("Overdrive", "with_overdrive:overloaded", "/slow", ours=True),
+            Rival("Overdrive, copies allowed", "with_overdrive:overloaded", "/copies/{}", ours=True, addresses=300),
         ],
+        Rival("five connections, always busy", "bare_asyncpg:slow", "/"),
         capacity=100,
-        phases=[(0.6, 8), (10, 10), (0.9, 12)],
+        phases=[(0.3, 6), (10, 10), (0.8, 6)],
         deadline=1.0,
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from time import perf_counter
 from typing import NamedTuple, cast
 
@@ -132,7 +133,13 @@ class Answer(NamedTuple):
     lag: float
 
 
-def run_open(port: int, path: str, phases: Sequence[Sequence[float]], deadline: float) -> list[list[Answer]]:
+def run_open(
+    port: int,
+    paths: Sequence[str],
+    phases: Sequence[Sequence[float]],
+    deadline: float,
+    begins: Callable[[], None] = lambda: None,
+) -> list[list[Answer]]:
     """Send a request at each of the given instants, whatever became of those before.
 
     A latency runs from the instant a request was due, so that a server that stalls is not asked less often and not
@@ -140,9 +147,11 @@ def run_open(port: int, path: str, phases: Sequence[Sequence[float]], deadline: 
     gives up `deadline` seconds after that instant, and closes its connection.
 
     Parameters:
+        paths: what is asked for in turn.
         phases: instants in ascending order, in seconds from the start, which is the same for all phases.
+        begins: is called when a phase begins.
     """
-    return uvloop.run(_OpenLoop(port, _request(path), deadline).run(phases))
+    return uvloop.run(_OpenLoop(port, paths, deadline).run(phases, begins))
 
 
 def run_side_by_side(ports: Sequence[int], path: str, instants: Sequence[float], deadline: float) -> list[list[Answer]]:
@@ -156,15 +165,16 @@ def run_side_by_side(ports: Sequence[int], path: str, instants: Sequence[float],
 
 
 class _OpenLoop:
-    def __init__(self, port: int, request: bytes, deadline: float) -> None:
-        self._port, self._request, self._deadline = port, request, deadline
+    def __init__(self, port: int, paths: Sequence[str], deadline: float) -> None:
+        self._port, self._requests, self._deadline = port, cycle(map(_request, paths)), deadline
         self._idle: list[_Connection] = []
         self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
 
-    async def run(self, phases: Sequence[Sequence[float]]) -> list[list[Answer]]:
+    async def run(self, phases: Sequence[Sequence[float]], begins: Callable[[], None]) -> list[list[Answer]]:
         start = perf_counter()
         tasks: list[list[asyncio.Task[Answer]]] = []
         for phase in phases:
+            begins()
             tasks.append([])
             for due in phase:
                 await asyncio.sleep(start + due - perf_counter())
@@ -187,7 +197,7 @@ class _OpenLoop:
     async def _ask(self) -> int | None:
         connection = await self._connection()
         answered: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
-        connection.ask(self._request, lambda status: None if answered.done() else answered.set_result(status))
+        connection.ask(next(self._requests), lambda status: None if answered.done() else answered.set_result(status))
         try:
             status = await answered
         except asyncio.CancelledError:

@@ -7,7 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
+from operator import sub
 from pathlib import Path
 from random import Random
 from statistics import quantiles
@@ -26,6 +28,10 @@ FEWEST_ROUNDS = 5
 #: How often all rivals are started anew: two processes of the same app differ by some percent for as long as they
 #: live, by where things happen to lie in memory.
 CASTS = 3
+#: Clients that keep five connections busy, and what they ask for to find out what these can do.
+_CEILING_CONNECTIONS, _CEILING_REQUESTS = 10, 200
+#: How much of its capacity a service is asked before a storm, and by how many requests; seconds these may take.
+_WARM_LOAD, _WARM_REQUESTS, _PATIENCE = 0.8, 50, 10
 
 
 def compare(plan: Plan, seconds: float, random: Random, environment: dict[str, str]) -> Comparison:
@@ -121,7 +127,10 @@ def _each(contestants: Iterable[_Contestant], step: Callable[[_Contestant], None
 def overload(storm: Storm, random: Random, environment: dict[str, str]) -> Overload:
     """Offer each service loads below and beyond its capacity, at instants that do not wait for its answers."""
     schedule = list(_schedule(storm, random))
-    entries = [_weather(rival, storm, schedule, environment) for rival in storm.rivals]
+    entries = []
+    for rival in storm.rivals:
+        attainable = _attainable(storm.ceiling, environment)
+        entries.append(_weather(rival, storm, schedule, environment, attainable))
     return Overload(storm.name, storm.title, storm.capacity, storm.deadline, entries)
 
 
@@ -137,30 +146,77 @@ def _schedule(storm: Storm, random: Random) -> Iterable[list[float]]:
         now = end
 
 
-def _weather(rival: Rival, storm: Storm, schedule: list[list[float]], environment: dict[str, str]) -> OverloadEntry:
+def _attainable(ceiling: Rival, environment: dict[str, str]) -> float:
+    """Return how many requests a second are answered where connections never wait for one."""
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        server = Server(ceiling.factory, Path(directory), environment)
+        stack.callback(server.stop)
+        load = ClosedLoop(server.port, ceiling.path, _CEILING_CONNECTIONS)
+        stack.callback(load.close)
+        load.run(_CEILING_CONNECTIONS)
+        started = time.perf_counter()
+        return len(load.run(_CEILING_REQUESTS)) / (time.perf_counter() - started)
+
+
+def _weather(
+    rival: Rival, storm: Storm, schedule: list[list[float]], environment: dict[str, str], attainable: float
+) -> OverloadEntry:
+    cpu: list[float] = []
     try:
         with tempfile.TemporaryDirectory() as directory:
             server = Server(rival.factory, Path(directory), environment)
             try:
-                server.get(rival.path)
-                answers = run_open(server.port, rival.path, schedule, storm.deadline)
+                _warm_up(server, rival, storm.capacity)
+                begins = partial(_note, cpu, server)
+                answers = run_open(server.port, rival.paths, schedule, storm.deadline, begins)
+                begins()
             finally:
                 server.stop()
     except RivalError as error:
         return OverloadEntry(rival.name, rival.ours, [], str(error))
     phases = [
-        _phase(load, seconds, phase, storm.deadline)
-        for (load, seconds), phase in zip(storm.phases, answers, strict=True)
+        _phase(load, seconds, phase, storm.deadline, used)
+        for (load, seconds), phase, used in zip(storm.phases, answers, map(sub, cpu[1:], cpu), strict=True)
     ]
-    return OverloadEntry(rival.name, rival.ours, phases)
+    normal = _normal(schedule[2], answers[2], sum(seconds for _, seconds in storm.phases[:2]), storm.deadline)
+    return OverloadEntry(rival.name, rival.ours, phases, attainable=attainable, normal_after=normal)
 
 
-def _phase(load: float, seconds: float, answers: list[Answer], deadline: float) -> Phase:
-    good = [answer.latency for answer in answers if answer.status == 200 and answer.latency <= deadline]
-    refused = sum(answer.status not in (200, None) for answer in answers)
+def _warm_up(server: Server, rival: Rival, capacity: float) -> None:
+    """Have connections opened, and copies made where there are to be any."""
+    server.get(rival.paths[0])
+    every = 1 / (_WARM_LOAD * capacity)
+    due = [number * every for number in range(max(_WARM_REQUESTS, rival.addresses))]
+    run_open(server.port, rival.paths, [due], deadline=_PATIENCE)
+
+
+def _note(cpu: list[float], server: Server) -> None:
+    cpu.append(server.cpu_unasked())
+
+
+def _phase(load: float, seconds: float, answers: list[Answer], deadline: float, cpu: float) -> Phase:
+    good = [answer.latency for answer in answers if _is_good(answer, deadline)]
+    refused = [answer.latency for answer in answers if answer.status not in (200, None)]
     p50, p99 = _percentiles(good) if len(good) > 1 else (None, None)
     _, lag = _percentiles([answer.lag for answer in answers])
-    return Phase(load, seconds, len(answers), len(good), refused, len(answers) - len(good) - refused, p50, p99, lag)
+    _, refused_p99 = _percentiles(refused) if len(refused) > 1 else (None, None)
+    late = len(answers) - len(good) - len(refused)
+    return Phase(load, seconds, len(answers), len(good), len(refused), late, p50, p99, lag, refused_p99, cpu)
+
+
+def _is_good(answer: Answer, deadline: float) -> bool:
+    return answer.status == 200 and answer.latency <= deadline
+
+
+def _normal(schedule: list[float], answers: list[Answer], end: float, deadline: float) -> float | None:
+    """Return how many seconds after the storm's end a second began in which each request was answered in time."""
+    since = end
+    for due, answer in zip(schedule, answers, strict=True):
+        if due - since >= 1:
+            return since - end
+        if not _is_good(answer, deadline):
+            since = due
+    return None
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:

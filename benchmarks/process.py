@@ -79,6 +79,11 @@ class Server:
         self._process.stdin.flush()
         return float(self._read())
 
+    def cpu_unasked(self) -> float:
+        """The same in ticks of 10 ms, without a word to the server."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
+
     def get(self, path: str) -> bytes:
         """Return the body of an answer; raises `RivalError` for any but a 200."""
         try:

@@ -232,6 +232,39 @@ def _overload_table(overload: Overload) -> Iterator[str]:
         ["", "load", "offered/s", "good", "refused", "late", "p50 ms", "p99 ms", "lag p99 ms"],
         rows,
     )
+    yield from _storm_table(overload)
+
+
+def _storm_table(overload: Overload) -> Iterator[str]:
+    """What can be said of the storm only beside the calm before it."""
+    yield ""
+    yield from _wrapped(
+        "The storm (ceiling: what its connections could do just then, or the CPU, as refusals take time of it, too; "
+        "p99: against the calm; refused p99: ms; normal: from when on a whole second was answered; good, else: CPU ms)",
+        "  ",
+    )
+    rows = []
+    for entry in overload.entries:
+        if entry.failure is not None:
+            continue
+        calm, storm, _ = entry.phases
+        rows.append(
+            [
+                entry.name,
+                f"{entry.ceiling:.1f}",
+                "-" if not entry.ceiling else f"{storm.good / storm.seconds / entry.ceiling:.1%}",
+                f"{storm.good / storm.offered:.1%}",
+                "-" if storm.p99 is None or calm.p99 is None else f"{storm.p99 / calm.p99:.1f} x",
+                _milliseconds(storm.refused_p99),
+                "never" if entry.normal_after is None else f"{entry.normal_after:.2f} s",
+                f"{1e3 * entry.cpu_good:.2f}",
+                f"{1e3 * entry.cpu_other:.2f}",
+            ]
+        )
+    yield from _aligned(
+        ["", "ceiling/s", "of it", "of all", "p99", "refused p99", "normal", "good", "else"],
+        rows,
+    )
 
 
 def _disk_table(state: DiskState) -> Iterator[str]:

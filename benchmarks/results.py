@@ -68,6 +68,9 @@ class Phase(Struct, frozen=True):
     p99: float | None
     #: How far behind its schedule the generator itself was, at the 99th percentile, in seconds.
     lag_p99: float
+    #: What refusals took, at the 99th percentile, and the server's CPU time: both in seconds.
+    refused_p99: float | None
+    server_cpu: float
 
 
 class Overload(Struct, frozen=True):
@@ -81,12 +84,39 @@ class Overload(Struct, frozen=True):
 
 
 class OverloadEntry(Struct, frozen=True):
-    """One service's phases, in the order in which they followed each other."""
+    """One service's phases, in the order in which they followed each other: calm, storm, and what came after it.
+
+    attainable: requests a second that its connections could answer just before, with nothing else to do.
+    normal_after: seconds after the storm from which on each request of a whole second was answered in time; None where
+        that never came.
+    """
 
     name: str
     ours: bool
     phases: list[Phase]
     failure: str | None = None
+    attainable: float = 0.0
+    normal_after: float | None = None
+
+    @property
+    def cpu_good(self) -> float:
+        """The server's CPU time for an answer, in seconds, while it is calm."""
+        calm = self.phases[0]
+        return calm.server_cpu / max(1, calm.good)
+
+    @property
+    def cpu_other(self) -> float:
+        """The server's CPU time for a request that is not answered in time, in seconds, in the storm."""
+        storm = self.phases[1]
+        return max(0.0, storm.server_cpu - storm.good * self.cpu_good) / max(1, storm.offered - storm.good)
+
+    @property
+    def ceiling(self) -> float:
+        """Good answers a second that are possible in the storm, as whatever is not answered takes CPU time, too."""
+        storm, good, other = self.phases[1], self.cpu_good, self.cpu_other
+        offered = storm.offered / storm.seconds
+        by_cpu = (1 - offered * other) / (good - other) if good > other else offered
+        return max(0.0, min(self.attainable, by_cpu))
 
 
 class DiskEntry(Struct, frozen=True):

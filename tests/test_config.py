@@ -80,7 +80,7 @@ def test_defaults() -> None:
             "link_header": True,
             "secrets": (),
         },
-        "admission": {"enabled": True, "max_wait": 1, "drain": 0, "away_after": 5},
+        "admission": {"enabled": True, "max_wait": 0.5, "drain": 0, "away_after": 5},
     }
 
 

@@ -22,6 +22,7 @@ from fastapi_pagination.ext.sqlalchemy import apaginate
 from pydantic import BaseModel
 from sqlalchemy import Engine, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from starlette.routing import compile_path
 from support import Item, call, client, tables
 
 from overdrive import (
@@ -37,7 +38,7 @@ from overdrive import (
     paginate,
 )
 from overdrive.caching import check_replaced_call
-from overdrive.installer import Installation
+from overdrive.installer import Installation, Served, _finder
 from overdrive.routes import check_added_dependency, check_walk, page_style, sites, works
 
 pytestmark = pytest.mark.anyio
@@ -452,3 +453,12 @@ def test_installation_is_one_an_app() -> None:
     app = FastAPI()
     assert Installation.of(app) is Installation.of(app)
     assert add_pagination(app) is app
+
+
+def test_one_expression_finds_the_route_that_is_first() -> None:
+    templates = ["/a/new", "/a/{x:int}", "/a/{x}", "/a/{x}/b", "/a/{x:path}", "/{y:uuid}", "/a.c", "/{z}"]
+    served = [Served(each, compile_path(each)[0], frozenset({"GET"}), False, object()) for each in templates]
+    find = _finder(served)
+    paths = ["/a/new", "/a/7", "/a/-7", "/a/x", "/a/7/b", "/a/7/b/c", "/a/", "/a.c", "/abc", "/", "/a/x\n", ""]
+    for path in [*paths, "/6ba7b810-9dad-11d1-80b4-00c04fd430c8"]:
+        assert find(path) is next((route for route in served if route.addresses.fullmatch(path)), None)

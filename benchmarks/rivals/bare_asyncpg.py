@@ -1,5 +1,6 @@
 """No framework and no SQLAlchemy: asyncpg and orjson."""
 
+import asyncio
 from typing import Any
 
 import asyncpg
@@ -28,5 +29,27 @@ def page() -> Any:
         headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+def slow() -> Any:
+    """Return an app whose five connections are busy for 50 ms each, and never with anything else."""
+    idle: asyncio.Queue[asyncpg.Connection] = asyncio.LifoQueue()
+    opened = False
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal opened
+        if scope["type"] != "http":
+            return
+        if not opened:
+            opened = True
+            for _ in range(5):
+                idle.put_nowait(await asyncpg.connect(shop.DATABASE_URL))
+        connection = await idle.get()
+        await connection.fetchval("SELECT pg_sleep(0.05)")
+        idle.put_nowait(connection)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
 
     return app

@@ -1,5 +1,7 @@
 """FastAPI on asyncpg, without SQLAlchemy."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 
@@ -38,5 +40,24 @@ def app() -> FastAPI:
             rows = await (await opened()).fetch(_NEXT, size + 1, after_time, after_id)
         items = [dict(row) for row in rows[:size]]
         return {"items": items, "next_id": items[-1]["id"] if len(rows) > size else None}
+
+    return app
+
+
+def overloaded() -> FastAPI:
+    """Return an app whose five connections are busy for 50 ms each: it can answer 100 requests a second."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with asyncpg.create_pool(shop.DATABASE_URL, min_size=5, max_size=5) as app.state.pool:
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/slow")
+    async def slow() -> dict[str, str]:
+        async with app.state.pool.acquire() as connection:
+            await connection.fetchval("SELECT pg_sleep(0.05)")
+        return {"status": "done"}
 
     return app

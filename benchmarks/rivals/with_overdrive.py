@@ -77,11 +77,16 @@ def service_with_events() -> FastAPI:
 
 def overloaded() -> FastAPI:
     """Return an app whose five connections are busy for 50 ms each: it can answer 100 requests a second."""
-    # Half of what the clients wait.
-    app = _app(pool_size=5, admission={"max_wait": 0.5})
+    app = _app(pool_size=5)
 
     @app.get("/slow")
     async def slow(db: SessionDep) -> dict[str, str]:
+        await db.execute(select(func.pg_sleep(0.05)))
+        return {"status": "done"}
+
+    @app.get("/copies/{number}")
+    @cached(ttl=1, stale_if_error=3600, depends=["users"])
+    async def copies(number: int, db: SessionDep) -> dict[str, str]:
         await db.execute(select(func.pg_sleep(0.05)))
         return {"status": "done"}
 

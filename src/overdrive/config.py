@@ -221,7 +221,7 @@ class AdmissionSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     enabled: bool = True
-    max_wait: float = Field(1, gt=0)
+    max_wait: float = Field(0.5, gt=0)
     drain: float = Field(0, ge=0)
     away_after: float = Field(5, ge=0)
 

@@ -57,11 +57,13 @@ class OverloadedError(OverdriveError):
     """What was asked for cannot be done now, and is worth asking for again: `PoolTimeoutError` is one.
 
     retry_after: in how many seconds.
+    reason: why admission has refused it, as its statistics count it; None where something else did.
     """
 
     status = 503
     code = "overloaded"
     retry_after: float = 1
+    reason: str | None = None
 
 
 class DeadlineExceededError(OverloadedError):

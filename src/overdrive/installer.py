@@ -6,12 +6,11 @@ Of the app, `build_middleware_stack`, `user_middleware` and `openapi` are touche
 import asyncio
 import inspect
 import logging
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import parent_process
 from types import FunctionType
@@ -34,7 +33,7 @@ from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSet
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
-from .middleware import Observer, RequestPath
+from .middleware import Observer, RequestPath, putting_off
 from .pages import PROCESS_KEY, page_dependency
 from .pool.attempt import Attempts
 from .routes import (
@@ -69,6 +68,23 @@ class Served(NamedTuple):
     methods: frozenset[str]
     is_cached: bool
     endpoint: Any
+
+
+#: Where an expression names what it has found.
+_NAMED = re.compile(r"\(\?P<\w+>")
+
+
+def _finder(served: Sequence[Served]) -> Callable[[str], Served | None]:
+    """Return what finds the first of the routes that has an address: one expression for all, as there may be many."""
+    every = [f"(?P<_{number}>{_NAMED.sub('(?:', route.addresses.pattern)})" for number, route in enumerate(served)]
+    match_of = re.compile("|".join(every)).fullmatch
+
+    def find(path: str) -> Served | None:
+        match = match_of(path)
+        # The group that was closed last stands around all others.
+        return served[int(match.lastgroup[1:])] if match is not None and match.lastgroup is not None else None
+
+    return find
 
 
 class Installation:
@@ -106,6 +122,8 @@ class Installation:
         #: The ids of the dependants of cached routes; and all routes in their order.
         self.cached: set[int] = set()
         self._served: list[Served] = []
+        #: By method, what finds the route of a path.
+        self._finders: dict[str, Callable[[str], Served | None]] = {}
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
         app.build_middleware_stack = self._stack  # type: ignore[method-assign]
@@ -219,16 +237,29 @@ class Installation:
         by_get = [route.is_cached for route in served if "GET" in route.methods]
         return by_get[:1] == [True] and not any("HEAD" in route.methods for route in served)
 
-    def refused(self, context: RequestContext) -> OverloadedError | None:
-        """Refuse a request before its route is asked, where it is sure to be refused by its database."""
-        path = _path_of(context.asked)
-        found = [route for route in self._served if context.method in route.methods and route.addresses.fullmatch(path)]
+    def refused(self, scope: Any, context: RequestContext | None) -> tuple[OverloadedError, str] | None:
+        """Refuse a request before its route is asked, where it is sure to be refused by its database.
+
+        scope: as it came to the router.
+        context: where there is one by now.
+
+        Returns also the template of the route that would have served it.
+        """
+        find = self._finders.get(scope["method"])
+        route = find(_path_of(scope)) if find is not None else None
         # What is cached behind its dependencies may be a hit.
-        if not found or (found[0].is_cached and context.exchange is None):
+        if route is None or (route.is_cached and (context is None or context.exchange is None)):
             return None
-        if (error := self.admission.refuse(context, found[0].endpoint)) is not None:
-            context.route = found[0].template
-        return error
+        error = self.admission.refuse(route.endpoint, context)
+        return None if error is None else (error, route.template)
+
+    @property
+    def puts_off(self) -> bool:
+        """Say whether a request that is refused is answered as everywhere, and may be so by whom nobody stands before.
+
+        What tells tenants apart may have something to say to it.
+        """
+        return self.app.exception_handlers.get(OverloadedError) is _put_off and self.tenant is None
 
     @property
     def cache(self) -> Cache:
@@ -288,6 +319,10 @@ class Installation:
             )
             for site in every
         ]
+        self._finders = {
+            method: _finder([route for route in self._served if method in route.methods])
+            for method in {method for route in self._served for method in route.methods}
+        }
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_errors(mounted)
         self._complain_of_unknown_names()
@@ -394,14 +429,12 @@ def _answer_errors(app: FastAPI) -> None:
     async def answer(_request: Request, error: RequestError) -> Response:
         return JSONResponse({"detail": str(error), "code": error.code}, error.status)
 
-    async def put_off(_request: Request, error: OverloadedError) -> Response:
-        # How many connections there are is nobody's business outside.
-        detail = "the service has too much to do; try again later"
-        headers = {"retry-after": str(math.ceil(error.retry_after))}
-        return JSONResponse({"detail": detail, "code": error.code}, error.status, headers)
-
     app.exception_handlers.setdefault(RequestError, answer)
-    app.exception_handlers.setdefault(OverloadedError, put_off)
+    app.exception_handlers.setdefault(OverloadedError, _put_off)
+
+
+async def _put_off(_request: Request, error: OverloadedError) -> Response:
+    return putting_off(error)
 
 
 # What is asked of a route

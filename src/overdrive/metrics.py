@@ -106,6 +106,7 @@ METRICS = {
         f"overdrive.admission.refused_{why}": Metric("counter", "{request}", f"Requests not admitted: {text}.")
         for why, text in (
             ("wait", "it would have been too long"),
+            ("deadline", "its own time would have run out"),
             ("full", "too many waited"),
             ("late", "it had been too long"),
             ("left", "the client had hung up"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import json
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from zlib import crc32
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .cache.entry import Entry
@@ -87,6 +89,8 @@ class Observer:
             if (entry := held or await self._glance(known, started, scope)) is not None:
                 await self._answer(known, entry, started, scope, send)
                 return
+        elif self._is_innermost and self._installation.admission.refuses and await self._refuses(scope, send):
+            return
         await self._serve(scope, receive, send)
 
     async def _glance(self, known: Known, started: float, scope: Scope) -> Entry | None:
@@ -113,6 +117,24 @@ class Observer:
         start["headers"].append((installation.request_id_header, b"%016x" % _ids.getrandbits(64)))
         await send(start)
         await send(body)
+
+    async def _refuses(self, scope: Scope, send: Send) -> bool:
+        """Refuse what `RequestPath` would, before anything is done for it, and say whether: it may be nine in ten."""
+        installation = self._installation
+        if scope["type"] != "http" or not installation.puts_off:
+            return False
+        started = time.perf_counter()
+        refused = installation.refused(scope, None)
+        if refused is None:
+            return False
+        error, route = refused
+        response = putting_off(error)
+        start = {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+        context = _context_of(scope, installation)
+        context.route, context.status, context.refused = route, response.status_code, error.reason
+        context.outcome = "shed"
+        await self._replay(start, {"type": "http.response.body", "body": response.body}, context, started, send)
+        return True
 
     async def _replay(self, start: Message, body: Message, context: RequestContext, started: float, send: Send) -> None:
         """Send an answer and tell its event, in less time than `_serve`, which has anything to expect of an app."""
@@ -353,8 +375,10 @@ class RequestPath:
                 _tell_route(scope, known)
                 await exchange.answer(send)
                 return
-        if installation.admission.refuses and (refused := installation.refused(context)) is not None:
-            await self._refuse(refused, context.exchange, scope, receive, send)
+        if installation.admission.refuses and (refused := installation.refused(context.asked, context)) is not None:
+            error, context.route = refused
+            context.refused = error.reason
+            await self._refuse(error, context.exchange, scope, receive, send)
             return
         context.incoming = incoming = Incoming(receive)
         guard = SendGuard(context, send)
@@ -421,6 +445,18 @@ class RequestPath:
         with serving(context):
             await self._serve(context, scope, _client_with(body), told)
         return context.status
+
+
+@functools.cache
+def _put_off_as(code: str) -> bytes:
+    # How many connections there are is nobody's business outside.
+    return json.dumps({"detail": "the service has too much to do; try again later", "code": code}).encode()
+
+
+def putting_off(error: OverloadedError) -> Response:
+    """Return the answer to a request that is worth making again."""
+    headers = {"content-type": "application/json", "retry-after": str(math.ceil(error.retry_after))}
+    return Response(_put_off_as(error.code), error.status, headers)
 
 
 def _client_with(body: bytes) -> Receive:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx2
 import pytest
 from fastapi import Depends, FastAPI, Request, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from support import Item, client, eventually, on_uvicorn, recorded, tables
 
 from overdrive import (
     ConfigurationError,
     Overdrive,
+    OverloadedError,
     SessionDep,
     SessionFactoryDep,
     Settings,
@@ -29,8 +33,10 @@ from overdrive import (
     health_router,
     priority,
 )
-from overdrive.admission.limit import Refusal
+from overdrive.admission.gate import Admission
+from overdrive.admission.limit import Refusal, Waiter
 from overdrive.instrumentation.events import RequestEvent
+from overdrive.middleware import RequestPath
 from overdrive.testing import caching
 
 pytestmark = pytest.mark.anyio
@@ -427,7 +433,7 @@ async def test_what_is_sent_in_place_of_a_refusal_is_made_anew_behind_its_client
             (gate,) = overdrive.admission._gates["default"]
             overdrive.admission._needs = dict.fromkeys(overdrive.admission._needs, (gate, 1.0))
             refusals = [None, Refusal("wait")]
-            gate.queue.stands = True
+            monkeypatch.setattr(Admission, "refuses", True)
             monkeypatch.setattr(gate.queue, "refuse", lambda *_: refusals.pop() if refusals else None)
             clock.tick(15)
             answer = await http.get("/kept")
@@ -437,6 +443,157 @@ async def test_what_is_sent_in_place_of_a_refusal_is_made_anew_behind_its_client
             await eventually(lambda: is_calm(overdrive))
             assert (await http.get("/kept")).headers["cache-status"] == "overdrive; hit; ttl=10"
             assert len(made) == 2
+
+
+@contextlib.contextmanager
+def shut(app: FastAPI, overdrive: Overdrive, *paths: str) -> Iterator[None]:
+    """Have the gate refuse in the block whoever needs it, of whom these routes are known to be."""
+    (gate,) = overdrive.admission._gates["default"]
+    gate.queue.at_work, gate.queue.stands, gate.queue._service = 2, True, 0.05
+    others = [Waiter("normal", 0.0) for _ in range(8)]
+    gate.queue._waiting["normal"].update(dict.fromkeys(others))
+    endpoints = [route.endpoint for route in app.routes if isinstance(route, APIRoute) and route.path in paths]
+    overdrive.admission._needs.update({id(endpoint): (gate, 1.0) for endpoint in endpoints})
+    yield
+    for other in others:
+        del gate.queue._waiting["normal"][other]
+    gate.queue.at_work, gate.queue.stands = 0, False
+
+
+class Framed:
+    """A middleware of the team's, which marks what passes it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-framed", b"yes")]
+            await send(message)
+
+        await self.app(scope, receive, marked)
+
+
+async def test_sure_refusal_is_the_same_wherever_it_is_answered_and_has_its_event(
+    served: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: list[str] = []
+    serve = RequestPath.__call__
+
+    async def noted(self: RequestPath, scope: Scope, receive: Receive, send: Send) -> None:
+        inner.append(scope["path"])
+        await serve(self, scope, receive, send)
+
+    monkeypatch.setattr(RequestPath, "__call__", noted)
+    answers, events = [], []
+    for framed in (False, True):
+        app, overdrive = served()
+        if framed:
+            app.add_middleware(Framed)
+        with recorded() as told:
+            async with client(app) as http:
+                await http.get("/constant")
+                inner.clear()
+                with shut(app, overdrive, "/slow"):
+                    answers.append(await http.get("/slow?of=much"))
+                    assert (await http.get("/constant")).status_code == 200
+                assert inner == [*["/slow"] * framed, "/constant"]
+                assert counts(overdrive)["refused_wait"] == 1
+        events += [event for event in told if isinstance(event, RequestEvent) and event.path == "/slow"]
+    plain, inside = answers
+    assert (plain.status_code, plain.content) == (inside.status_code, inside.content)
+    assert {*plain.headers} | {"x-framed"} == {*inside.headers}
+    assert "total;dur=" in plain.headers["server-timing"]
+    for event in events:
+        assert (event.status, event.outcome, event.route) == (503, "shed", "/slow")
+        assert event.bytes_sent == len(plain.content)
+    assert len(events) == 2
+
+
+async def test_teams_own_handler_and_tenants_have_their_say_in_refusals(served: Make, postgres_url: str) -> None:
+    app, overdrive = served()
+
+    @app.exception_handler(OverloadedError)
+    async def tell(_request: Request, error: OverloadedError) -> PlainTextResponse:
+        return PlainTextResponse(f"come back: {error.reason}", 429)
+
+    async with client(app) as http:
+        await http.get("/constant")
+        with shut(app, overdrive, "/slow"):
+            assert (await http.get("/slow")).text == "come back: wait"
+
+    asked: list[str] = []
+
+    def tenant(request: Request) -> str:
+        asked.append(request.url.path)
+        return "acme"
+
+    app = FastAPI()
+    settings = Settings(database_url=postgres_url, pool={"size": 2, "max_overflow": 0})
+    overdrive = Overdrive(app, settings=settings, tenant=tenant)
+
+    @app.get("/mine")
+    async def mine(db: SessionDep) -> None: ...
+
+    async with client(app) as http:
+        with shut(app, overdrive, "/mine"):
+            assert (await http.get("/mine")).status_code == 503
+    assert asked == ["/mine"]
+    await overdrive.aclose()
+
+
+@pytest.mark.parametrize("framed", [False, True])
+async def test_connection_of_a_request_refused_before_its_body_came_is_of_use_yet(served: Make, framed: bool) -> None:
+    app, overdrive = served()
+    if framed:
+        app.add_middleware(Framed)
+    with on_uvicorn(app) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+
+        async def answer() -> tuple[bytes, bytes]:
+            head = await reader.readuntil(b"\r\n\r\n")
+            (length,) = re.findall(rb"content-length: (\d+)", head)
+            return head.split()[1], await reader.readexactly(int(length))
+
+        body = b"x" * 1_000_000
+        writer.write(b"GET /constant HTTP/1.1\r\nHost: h\r\n\r\n")
+        await answer()
+        with shut(app, overdrive, "/echo", "/slow"):
+            for _ in range(2):
+                writer.write(b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body))
+                assert (await answer())[0] == b"503"
+                writer.write(body)
+            # One after the other, without waiting for the answers (RFC 9112, section 9.3.2).
+            asked = [b"GET %s HTTP/1.1\r\nHost: h\r\n\r\n" % path for path in (b"/slow", b"/constant", b"/slow")]
+            writer.write(b"".join(asked))
+            assert [(await answer())[0] for _ in asked] == [b"503", b"200", b"503"]
+        writer.write(b"POST /echo HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert await answer() == (b"200", b'{"size":1000000}')
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_request_whose_time_would_run_out_in_the_queue_is_refused_at_once(postgres_url: str) -> None:
+    app = FastAPI()
+    pool = {"size": 1, "max_overflow": 0, "deadline_header": "x-timeout-ms"}
+    overdrive = Overdrive(app, settings=Settings(database_url=postgres_url, pool=pool, admission={"max_wait": 20}))
+
+    @app.get("/slow")
+    async def slow(db: SessionDep) -> str:
+        await db.execute(select(func.pg_sleep(0.3)))
+        return "done"
+
+    async with client(app) as http:
+        await http.get("/slow")
+        held = [asyncio.ensure_future(http.get("/slow")) for _ in range(2)]
+        await eventually(lambda: counts(overdrive)["queued"] == 1)
+        hurried = [await http.get("/slow", headers={"x-timeout-ms": "400"}) for _ in range(3)]
+        assert {answer.json()["code"] for answer in hurried} == {"overloaded"}
+        assert counts(overdrive)["refused_deadline"] == 3
+        patient = await http.get("/slow", headers={"x-timeout-ms": "20000"})
+        assert {answer.status_code for answer in (patient, *await asyncio.gather(*held))} == {200}
+    await overdrive.aclose()
 
 
 def test_priority_takes_one_of_three_levels() -> None:

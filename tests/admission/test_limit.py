@@ -153,6 +153,23 @@ def test_low_priority_is_refused_first_and_high_priority_hardly_ever() -> None:
     assert answered["normal"] > 500
 
 
+def test_who_has_less_time_than_its_turn_would_take_is_refused_at_once() -> None:
+    queue = Queue(Limit(1, 1), MAX_WAIT)
+    assert queue.ask(0.0)
+    queue.done(0.1, 0.1)
+    assert queue.ask(0.1)
+    # One is at work: a turn is in a tenth of a second, and an answer in two.
+    answers = [queue.wait(Waiter("normal", 0.1, until), 0.1) for until in (0.29, 0.31)]
+    assert answers == [Refusal("deadline"), None]
+    for number in range(50):
+        now = 0.1 + number / 1000
+        assert queue.wait(Waiter("normal", now, now + 0.1), now) == Refusal("deadline")
+    assert queue.refuse("normal", 0.3, 0.4) == Refusal("deadline")
+    # However many are in a hurry, that is no delay that stands.
+    assert not queue.stands
+    assert len(queue) == 1
+
+
 def test_newest_are_next_where_more_was_promised_than_could_be_kept() -> None:
     """A database that stalls in a storm leaves those in the queue for whom it is too late."""
     queue, order = Queue(Limit(1, 1), MAX_WAIT), []

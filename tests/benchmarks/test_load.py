@@ -100,7 +100,7 @@ def test_open_loop_asks_on_while_the_server_is_silent_and_counts_from_when_a_req
                 each.write(OK)
 
     with listening(answer_all_once_all_have_asked) as port:
-        [answers] = run_open(port, "/", [due], deadline=30)
+        [answers] = run_open(port, ["/"], [due], deadline=30)
     assert [answer.status for answer in answers] == [200] * len(due)
     # All were answered at one time, so the first has waited longer than the last by all of the schedule.
     assert answers[0].latency - answers[-1].latency > 0.9 * due[-1]
@@ -117,7 +117,7 @@ def test_client_of_the_open_loop_gives_up_at_its_deadline_and_hangs_up() -> None
             hung_up.append(True)
 
     with listening(silent) as port:
-        [answers] = run_open(port, "/", [[0.0, 0.01]], deadline=0.2)
+        [answers] = run_open(port, ["/"], [[0.0, 0.01]], deadline=0.2)
     assert [answer.status for answer in answers] == [None, None]
     assert hung_up == [True, True]
 
@@ -125,5 +125,5 @@ def test_client_of_the_open_loop_gives_up_at_its_deadline_and_hangs_up() -> None
 def test_open_loop_takes_refusals_and_dead_connections_as_answers() -> None:
     no = b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n"
     with listening(answering(no, b"")) as port:
-        [first, second] = run_open(port, "/", [[0.0], [0.1, 0.2]], deadline=5)
+        [first, second] = run_open(port, ["/"], [[0.0], [0.1, 0.2]], deadline=5)
     assert [answer.status for answer in (*first, *second)] == [503, None, 503]

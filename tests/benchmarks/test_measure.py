@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ import pytest
 
 from benchmarks import disk, measure
 from benchmarks.comparisons import PLANS, STORMS, Plan, Rival
+from benchmarks.load import Answer
 from benchmarks.measure import FEWEST_ROUNDS, compare
 from benchmarks.process import RivalError
 from benchmarks.results import Claim, Results
@@ -73,6 +75,17 @@ def test_run_without_a_baseline_fails() -> None:
     plan = Plan("none", "No baseline", [FASTAPI._replace(factory="nobody:app")], [], database=False)
     with pytest.raises(RivalError, match=r"FastAPI: .*nobody"):
         compare(plan, 0, Random(1), {})
+
+
+@pytest.mark.parametrize(
+    ("lost", "normal"),
+    [((), 0), ((10.5, 12), 0.5), ((10, 10.9, 11.8), 1.8), ([10 + 0.9 * number for number in range(9)], None)],
+)
+def test_all_is_normal_once_a_whole_second_was_answered(lost: Sequence[float], normal: float | None) -> None:
+    due = [10 + number / 10 for number in range(80)]
+    answers = [Answer(503 if any(abs(each - at) < 0.01 for at in lost) else 200, 0.05, 0.0) for each in due]
+    found = measure._normal(due, answers, 10.0, 1.0)
+    assert found == (None if normal is None else pytest.approx(normal))
 
 
 def test_names_are_unique_and_claims_are_about_rivals_there_are() -> None:

@@ -128,7 +128,9 @@ def _comparison(
 
 def _phase(load: float, good: float, p50: float | None = 0.021, p99: float | None = 0.24) -> Phase:
     offered = int(1000 * load)
-    return Phase(load, 10.0, offered, int(good * offered), offered // 3, offered // 7, p50, p99, 0.0021)
+    return Phase(
+        load, 10.0, offered, int(good * offered), offered // 3, offered // 7, p50, p99, 0.0021, 0.004, 0.001 * offered
+    )
 
 
 def _results(rounds: int = 21) -> Results:
@@ -147,7 +149,9 @@ def _results(rounds: int = 21) -> Results:
         OverloadEntry(
             "stock FastAPI + SQLAlchemy", False, [_phase(0.6, 1), _phase(10, 0, None, None), _phase(0.9, 0.2)]
         ),
-        OverloadEntry("Overdrive", True, [_phase(0.6, 1), _phase(10, 0.094), _phase(0.9, 0.99)]),
+        OverloadEntry(
+            "Overdrive", True, [_phase(0.6, 1), _phase(10, 0.094), _phase(0.9, 0.99)], None, 96.0, normal_after=0.25
+        ),
     ]
     return Results(
         {
@@ -295,6 +299,22 @@ def test_a_phase_is_a_row_and_its_share_is_of_what_could_be_answered() -> None:
     assert unanswered.split()[-3:] == ["-", "-", "2.10"]
     panel = _panel(picture(_results()), "Offered 0.6, 10 and 0.9 times what it can do")
     assert [text for text in panel if text.endswith("%")] == ["100%", "0%", "20%", "100%", "94%", "99%"]
+
+
+def test_the_storm_is_told_beside_what_could_be_attained_and_the_calm_before_it() -> None:
+    block = _block(table(_results()), "The storm (ceiling")
+    assert _row(block, "Overdrive") == ["96.0", "97.9%", "9.4%", "1.0", "x", "4.00", "0.25", "s", "1.00", "1.00"]
+    assert _row(block, "stock FastAPI + SQLAlchemy")[3:7] == ["-", "4.00", "never", "1.00"]
+
+
+@pytest.mark.parametrize(("refusal", "ceiling"), [(0.0001, 96), (0.0006, 400 / 4.4), (0.0011, 0)])
+def test_nothing_is_expected_of_a_cpu_that_refusals_have_taken(refusal: float, ceiling: float) -> None:
+    calm, storm = _phase(0.6, 1), _phase(10, 0.05)
+    calm = msgspec.structs.replace(calm, server_cpu=0.005 * calm.good)
+    cpu = 0.005 * storm.good + refusal * (storm.offered - storm.good)
+    storm = msgspec.structs.replace(storm, server_cpu=cpu)
+    entry = OverloadEntry("some", False, [calm, storm, calm], attainable=96)
+    assert entry.ceiling == pytest.approx(ceiling)
 
 
 def test_a_service_that_failed_under_load_is_said_to_have_failed() -> None:

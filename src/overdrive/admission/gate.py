@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable
+from math import inf
 
 from overdrive.context import RequestContext
 from overdrive.errors import OverloadedError
@@ -22,7 +23,7 @@ PRIORITY = "__overdrive_priority__"
 #: before they are refused unbegun.
 _LEARNING, _NEEDED = 0.1, 0.9
 #: How many times `max_wait` clients are told to stay away, at random, so that they do not all come back at once.
-_SOONEST, _LATEST = 1, 4
+_SOONEST, _LATEST = 2, 8
 
 
 class Visit:
@@ -61,11 +62,7 @@ class Visit:
     @property
     def priority(self) -> Priority:
         """Return what its endpoint was marked with."""
-        context = self.context
-        marked = _priority_of(self.endpoint)
-        # Somebody has an answer already, or there is one to be had.
-        spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
-        return "low" if spared and marked == "normal" else marked
+        return _priority_of(self.endpoint, self.context)
 
     def let_go(self) -> None:
         """Note that a connection is back."""
@@ -97,8 +94,8 @@ class _Waiting(Waiter):
 
     __slots__ = ("hung_up", "woken")
 
-    def __init__(self, priority: Priority, since: float) -> None:
-        super().__init__(priority, since)
+    def __init__(self, priority: Priority, since: float, until: float) -> None:
+        super().__init__(priority, since, until)
         self.hung_up = False
         self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -106,9 +103,17 @@ class _Waiting(Waiter):
         wake(self.woken)
 
 
-def _priority_of(endpoint: object) -> Priority:
-    priority: Priority = getattr(endpoint, PRIORITY, "normal")
-    return priority
+def _priority_of(endpoint: object, context: RequestContext | None) -> Priority:
+    marked: Priority = getattr(endpoint, PRIORITY, "normal")
+    if context is None or marked != "normal":
+        return marked
+    # Somebody has an answer already, or there is one to be had.
+    spared = context.refreshing or (context.exchange is not None and context.exchange.may_stand_in)
+    return "low" if spared else marked
+
+
+def _until(context: RequestContext) -> float:
+    return inf if context.deadline is None else context.deadline
 
 
 def _nothing() -> None:
@@ -155,7 +160,7 @@ class Gate:
         """
         visit: Visit = context.visit
         asked = time.monotonic()
-        waiting = _Waiting(visit.priority, asked)
+        waiting = _Waiting(visit.priority, asked, _until(visit.context))
         refusal = self.queue.wait(waiting, asked)
         if refusal is None:
             self._wake_in_time()
@@ -172,7 +177,8 @@ class Gate:
             elif isinstance(waiting.answer, Refusal):
                 refusal = waiting.answer
         if refusal is not None:
-            raise self._refused(context, refusal)
+            context.refused = refusal.reason
+            raise self._refused(refusal)
         if visit.holds:
             # Another task of the same request was admitted meanwhile.
             self.queue.forgo(time.monotonic())
@@ -180,10 +186,13 @@ class Gate:
         # Its turn began when it was given, and not when this task has heard of it.
         return self._admitted(visit, waiting.admitted)
 
-    def refuse(self, context: RequestContext, priority: Priority) -> OverloadedError | None:
-        """Refuse a request that is not begun, if it would be refused."""
-        refusal = self.queue.refuse(priority, time.monotonic())
-        return None if refusal is None else self._refused(context, refusal)
+    def refuse(self, priority: Priority, until: float) -> OverloadedError | None:
+        """Refuse a request that is not begun, if it would be refused.
+
+        until: when an answer is of no use to it any more.
+        """
+        refusal = self.queue.refuse(priority, time.monotonic(), until)
+        return None if refusal is None else self._refused(refusal)
 
     def done(self, visit: Visit) -> None:
         """Note that a request has given back what it held."""
@@ -212,9 +221,9 @@ class Gate:
         visit.holds += 1
         return visit.let_go
 
-    def _refused(self, context: RequestContext, refusal: Refusal) -> OverloadedError:
-        context.refused = refusal.reason
+    def _refused(self, refusal: Refusal) -> OverloadedError:
         error = OverloadedError(f"the database has too much to do ({refusal.reason})")
+        error.reason = refusal.reason
         error.retry_after = self.queue.max_wait * random.uniform(_SOONEST, _LATEST)
         return error
 
@@ -267,16 +276,19 @@ class Admission:
         """Say whether it is worth asking `refuse`."""
         for gates in self._gates.values():
             for gate in gates:
-                if gate.queue.stands:
+                if gate.queue:
                     return True
         return False
 
-    def refuse(self, context: RequestContext, endpoint: object) -> OverloadedError | None:
-        """Refuse a request that is not begun, where its endpoint always needs a database that cannot take it."""
+    def refuse(self, endpoint: object, context: RequestContext | None) -> OverloadedError | None:
+        """Refuse a request that is not begun, where its endpoint always needs a database that cannot take it.
+
+        context: the request's, where there is one by now.
+        """
         gate, share = self._needs.get(id(endpoint), (None, 0.0))
         if gate is None or share < _NEEDED:
             return None
-        return gate.refuse(context, _priority_of(endpoint))
+        return gate.refuse(_priority_of(endpoint, context), inf if context is None else _until(context))
 
     def reset(self) -> None:
         """Begin anew, on another event loop."""

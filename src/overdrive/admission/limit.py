@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Literal
 
 Priority = Literal["high", "normal", "low"]
-#: Why somebody was not admitted: `wait`, it would have been too long; `full`, too many wait; `late`, it has been too
-#: long; `left`, the client has hung up.
-Reason = Literal["wait", "full", "late", "left"]
+#: Why somebody was not admitted: `wait`, it would have been too long; `deadline`, its own time would have run out by
+#: then; `full`, too many wait; `late`, it has been too long; `left`, the client has hung up.
+Reason = Literal["wait", "deadline", "full", "late", "left"]
 
 #: In this order they are served.
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
@@ -116,14 +116,14 @@ class Refusal:
 class Waiter:
     """Somebody in the queue.
 
-    since: when it came.
+    since, until: when it came, and when an answer is of no use to it any more.
     """
 
-    __slots__ = ("admitted", "answer", "priority", "since")
+    __slots__ = ("admitted", "answer", "priority", "since", "until")
 
-    def __init__(self, priority: Priority, since: float) -> None:
+    def __init__(self, priority: Priority, since: float, until: float = inf) -> None:
         self.priority = priority
-        self.since = since
+        self.since, self.until = since, until
         #: True once it is admitted, and since when.
         self.admitted = 0.0
         self.answer: Refusal | bool | None = None
@@ -147,7 +147,7 @@ class Queue:
         self.max_wait = max_wait
         self.at_work = 0
         self.admitted = 0
-        self.refused: dict[Reason, int] = {"wait": 0, "full": 0, "late": 0, "left": 0}
+        self.refused: dict[Reason, int] = {"wait": 0, "deadline": 0, "full": 0, "late": 0, "left": 0}
         #: Whether more come than can be answered, for longer than a moment.
         self.stands = False
         self._waiting: dict[Priority, OrderedDict[Waiter, None]] = {each: OrderedDict() for each in PRIORITIES}
@@ -175,8 +175,11 @@ class Queue:
         """Admit somebody who was admitted before, and has more to do: refusing it would waste what it has done."""
         self._begin(now)
 
-    def refusal(self, priority: Priority, now: float) -> Refusal | None:
-        """Say why somebody who comes now would be refused; None where it is not to be."""
+    def refusal(self, priority: Priority, now: float, until: float = inf) -> Refusal | None:
+        """Say why somebody who comes now would be refused; None where it is not to be.
+
+        until: when an answer is of no use to it any more.
+        """
         if self.at_work < self.limit.current:
             return None
         if len(self) >= _MOST_WAITING:
@@ -184,7 +187,9 @@ class Queue:
         ahead = sum(len(self._waiting[each]) for each in PRIORITIES[: PRIORITIES.index(priority) + 1])
         takes = max(self._service, now - self._last_done)
         wait = (ahead + 1) * takes / self.limit.current
-        return Refusal("wait") if wait > self._patience(priority, takes) else None
+        if wait > self._patience(priority, takes):
+            return Refusal("wait")
+        return Refusal("deadline") if now + wait + takes > until else None
 
     def _patience(self, priority: Priority, takes: float) -> float:
         """Return how many seconds somebody may have to wait."""
@@ -196,21 +201,18 @@ class Queue:
 
     def wait(self, waiter: Waiter, now: float) -> Refusal | None:
         """Put somebody in the queue, or say why not."""
-        refusal = self.refusal(waiter.priority, now)
-        if refusal is not None and waiter.priority == "normal":
-            self._persevere(now)
-        if refusal is not None:
-            self.refused[refusal.reason] += 1
-            return refusal
-        self._waiting[waiter.priority][waiter] = None
-        return None
+        refusal = self.refuse(waiter.priority, now, waiter.until)
+        if refusal is None:
+            self._waiting[waiter.priority][waiter] = None
+        return refusal
 
-    def refuse(self, priority: Priority, now: float) -> Refusal | None:
-        """Refuse somebody who has not come yet, but will, and would be refused then."""
-        refusal = self.refusal(priority, now)
+    def refuse(self, priority: Priority, now: float, until: float = inf) -> Refusal | None:
+        """Refuse somebody who comes, or has not come yet but will, if that is to be."""
+        refusal = self.refusal(priority, now, until)
         if refusal is not None:
             self.refused[refusal.reason] += 1
-            if priority == "normal":
+            # Whoever has little time is no sign that more come than can be answered.
+            if priority == "normal" and refusal.reason != "deadline":
                 self._persevere(now)
         return refusal
 
