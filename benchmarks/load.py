@@ -158,7 +158,7 @@ def run_side_by_side(ports: Sequence[int], path: str, instants: Sequence[float],
     """Send a request to each of several servers at each of the given instants, as `run_open` does to one."""
 
     async def run() -> list[list[Answer]]:
-        loops = [_OpenLoop(port, _request(path), deadline) for port in ports]
+        loops = [_OpenLoop(port, [path], deadline) for port in ports]
         return [answers for [answers] in await asyncio.gather(*(loop.run([instants]) for loop in loops))]
 
     return uvloop.run(run())
@@ -170,7 +170,9 @@ class _OpenLoop:
         self._idle: list[_Connection] = []
         self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
 
-    async def run(self, phases: Sequence[Sequence[float]], begins: Callable[[], None]) -> list[list[Answer]]:
+    async def run(
+        self, phases: Sequence[Sequence[float]], begins: Callable[[], None] = lambda: None
+    ) -> list[list[Answer]]:
         start = perf_counter()
         tasks: list[list[asyncio.Task[Answer]]] = []
         for phase in phases:
