@@ -211,7 +211,7 @@ class AdmissionSettings(BaseModel):
 
     enabled: on or off.
     max_wait: seconds from when a request needs its first connection until it would be answered; one that would take
-        longer, and whose turn would not come within half of that, is refused at once. Some less than clients wait. A
+        longer, and whose turn would not come within half of that, is refused at once. Half of what clients wait. A
         burst of more than that is refused, too.
     drain: seconds in which requests are still answered after SIGTERM, while `/ready` answers 503 already: as long as
         whoever sends requests here takes to hear of it. For servers that, as uvicorn, handle the signal in Python.

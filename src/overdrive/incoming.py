@@ -30,9 +30,15 @@ class Incoming:
         """Return the next message."""
         self.is_read = True
         ahead, watching = self._ahead, self._watching
-        if ahead is None or watching is None or (watching.done() and ahead.empty()):
+        if ahead is None or (ahead.empty() and (watching is None or watching.done())):
             return await self._receive()
         return await ahead.get()
+
+    async def look(self) -> bool:
+        """Take the first message ahead, and say whether the client is there: at once, as long as there is no body."""
+        self._ahead = asyncio.Queue()
+        await self._take(self._ahead)
+        return not self.has_ended
 
     def watch(self, gone: Callable[[], None]) -> None:
         """Call `gone` when the client leaves, unless it sends a body in pieces: who reads that learns of it."""
@@ -41,19 +47,23 @@ class Incoming:
             return
         self._gone.append(gone)
         if self._watching is None:
-            self._ahead = asyncio.Queue()
+            self._ahead = self._ahead or asyncio.Queue()
             self._watching = asyncio.create_task(self._watch(self._ahead))
 
     async def _watch(self, ahead: asyncio.Queue[Message]) -> None:
         more = False
         while not (more or self.has_ended):
-            message = await self._receive()
-            more = message.get("more_body", False)
-            self.has_ended = message["type"] == "http.disconnect"
-            ahead.put_nowait(message)
+            more = await self._take(ahead)
         if self.has_ended:
             for gone in self._gone:
                 gone()
+
+    async def _take(self, ahead: asyncio.Queue[Message]) -> bool:
+        message = await self._receive()
+        self.has_ended = message["type"] == "http.disconnect"
+        ahead.put_nowait(message)
+        more: bool = message.get("more_body", False)
+        return more
 
     def close(self) -> None:
         """Look no more."""

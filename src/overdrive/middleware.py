@@ -89,8 +89,11 @@ class Observer:
             if (entry := held or await self._glance(known, started, scope)) is not None:
                 await self._answer(known, entry, started, scope, send)
                 return
-        elif self._is_innermost and self._installation.admission.refuses and await self._refuses(scope, send):
-            return
+        if scope["type"] == "http" and self._installation.admission.refuses:
+            receive = incoming = Incoming(receive)
+            is_ours = known is None and self._is_innermost
+            if await self._is_gone(scope, incoming) or (is_ours and await self._refuses(scope, send)):
+                return
         await self._serve(scope, receive, send)
 
     async def _glance(self, known: Known, started: float, scope: Scope) -> Entry | None:
@@ -118,10 +121,19 @@ class Observer:
         await send(start)
         await send(body)
 
+    async def _is_gone(self, scope: Scope, incoming: Incoming) -> bool:
+        """Say whether a client has left before its request was begun: who has fallen behind is not to answer nobody."""
+        if scope["method"] not in ("GET", "HEAD") or await incoming.look():
+            return False
+        context = _context_of(scope, self._installation)
+        context.outcome = "disconnected"
+        self._tell(context)
+        return True
+
     async def _refuses(self, scope: Scope, send: Send) -> bool:
         """Refuse what `RequestPath` would, before anything is done for it, and say whether: it may be nine in ten."""
         installation = self._installation
-        if scope["type"] != "http" or not installation.puts_off:
+        if not installation.puts_off:
             return False
         started = time.perf_counter()
         refused = installation.refused(scope, None)

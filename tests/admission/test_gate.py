@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from support import Item, client, eventually, on_uvicorn, recorded, tables
 
@@ -227,6 +228,45 @@ async def test_sure_refusals_do_not_reach_their_route(served: Make) -> None:
         answers = await storm(http, ["/counted"], 1, 0.004)
     assert len(reached) < len(answers) / 2
     assert sum(answer.status_code == 200 for answer in answers) > 2
+
+
+@pytest.mark.parametrize(("method", "left", "runs"), [("GET", True, 0), ("GET", False, 1), ("POST", True, 1)])
+async def test_request_whose_client_has_left_is_not_begun_while_others_wait(
+    served: Make, method: str, left: bool, runs: int
+) -> None:
+    app, overdrive = served()
+    bodies: list[bytes] = []
+
+    @app.api_route("/reads", methods=["GET", "POST"])
+    async def reads(request: Request) -> str:
+        with contextlib.suppress(ClientDisconnect):
+            bodies.append(b"")
+            bodies[-1] = await request.body()
+        return "done"
+
+    body = {"type": "http.request", "body": b"body", "more_body": False}
+    messages = [{"type": "http.disconnect"} if left else body]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(_message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http", "method": method, "path": "/reads", "raw_path": b"/reads", "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"test")], "http_version": "1.1", "scheme": "http", "asgi": {"spec_version": "2.4"},
+    }  # fmt: skip
+    async with client(app) as http:
+        waiting = [asyncio.ensure_future(http.get("/slow")) for _ in range(6)]
+        await eventually(lambda: counts(overdrive)["queued"] > 0)
+        with recorded() as events:
+            await app(scope, receive, send)
+        await asyncio.gather(*waiting)
+    assert bodies == ([b""] if left else [b"body"]) * runs
+    assert [event.outcome for event in events if isinstance(event, RequestEvent) and event.path == "/reads"] == [
+        "ok" if runs else "disconnected"
+    ]
 
 
 async def test_streams_are_not_cut_off(served: Make) -> None:
