@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 from cache.conftest import patient as patient
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from sqlalchemy import Engine, event, func, insert, select
@@ -323,6 +323,12 @@ async def test_several_engines_have_sessions_and_tags_of_their_own(sqlite_url: s
 
 # Where something is missing or wrong
 
+OUTSIDE = outside("sqlite:///x.sqlite")
+
+
+async def awaited_tenant(request: Request) -> str:
+    return "acme"
+
 
 async def test_session_without_overdrive_names_the_fix() -> None:
     app = FastAPI()
@@ -345,6 +351,15 @@ def test_memory_database_has_no_synchronous_twin() -> None:
         ({"database_url": "oracle+nothing://x"}, "oracle"),
         ({"database_url": "mysql+pymysql://x/y"}, "pip install pymysql"),
         ({"sessionmaker": async_sessionmaker()}, "bound to no engine: give the one it uses as engine="),
+        ({"sessionmaker": sessionmaker()}, "takes async_sessionmaker, not sessionmaker"),
+        ({"engine": OUTSIDE}, "engine= takes AsyncEngine, not Engine: an Engine is sync_engine="),
+        ({"engines": {"reports": OUTSIDE}}, r"engines\['reports'\]= takes AsyncEngine"),
+        ({"engines": [OUTSIDE]}, "engines by their names"),
+        ({"sync_engine": create_engine("sqlite:///x.sqlite")}, "an AsyncEngine is engine="),
+        ({"session_class": Session}, "derived from AsyncSession"),
+        ({"settings": {"pool": {"size": 5}}}, r"Settings.load\(...\) makes one"),
+        ({"tenant": "acme"}, "tenant= takes a plain function"),
+        ({"tenant": awaited_tenant}, "tenant= takes a plain function"),
         ({"redis_url": "http://x"}, "Redis URL cannot be read"),
         ({"settings": Settings(), "database_url": "sqlite://"}, "either in settings= or as an argument"),
     ],
@@ -355,8 +370,11 @@ def test_bad_arguments_are_one_clear_sentence(arguments: dict[str, Any], complai
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [{"pool_size": 0}, {"max_overflow": -1}, {"pool_timeout": 0}, {"pool_recycle": -2}])
-def test_bad_pool_numbers(bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [{"pool_size": 0}, {"pool_size": "3"}, {"max_overflow": -1}, {"pool_timeout": 0}, {"pool_recycle": -2}],
+)
+def test_bad_pool_numbers(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="a pool needs"):
         create_engine("sqlite:///x.sqlite", **bad)
 
