@@ -321,6 +321,31 @@ async def test_several_engines_have_sessions_and_tags_of_their_own(sqlite_url: s
     await reports.dispose()
 
 
+async def test_what_one_engine_reads_another_of_the_same_database_outdates(url: str, database: Engine) -> None:
+    reports = create_engine(url)
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=url, engines={"reports": reports}, cache=True)
+
+    @app.get("/names")
+    @cached
+    async def read(db: Annotated[AsyncSession, Depends(RequestSession("reports"))]) -> list[str]:
+        return list(await db.scalars(select(Item.name).order_by(Item.id)))
+
+    adding(app, get_session)
+
+    @app.post("/sync")
+    def add(name: str, db: Annotated[Session, Depends(get_sync_session)]) -> None:
+        db.add(Item(name=name))
+
+    async with client(app) as http:
+        assert [(await http.get("/names")).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        for path, expected in [("/", ["x"]), ("/sync", ["x", "x"])]:
+            await http.post(path + "?name=x")
+            assert (await http.get("/names")).json() == expected
+    await overdrive.aclose()
+    await reports.dispose()
+
+
 # Where something is missing or wrong
 
 OUTSIDE = outside("sqlite:///x.sqlite")

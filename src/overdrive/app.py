@@ -116,6 +116,7 @@ class Overdrive:
         if sync_engine is not None:
             databases.append(sync_engine.url)
         self.cache = _cache(self.settings, cache, databases)
+        self.cache.invalidator.namesakes = _namesakes(self.engines)
         for name, each in self.engines.items():
             self._observe(each.sync_engine, name, prepared=each in self._owned)
         self._sessions = {name: Sessions.of(each, session_class) for name, each in self.engines.items()}
@@ -338,6 +339,16 @@ def _name_of_database(url: URL) -> str | None:
     if url.database in (None, "", ":memory:"):
         return None
     return f"sqlite {os.path.realpath(url.database)}"
+
+
+def _namesakes(engines: Mapping[str, AsyncEngine]) -> dict[str, list[str]]:
+    """Return of each engine's name the others whose engines use the same database."""
+    databases = {name: _name_of_database(each.url) for name, each in engines.items()}
+    return {
+        name: others
+        for name, own in databases.items()
+        if own is not None and (others := [other for other in databases if other != name and databases[other] == own])
+    }
 
 
 def _log_handlers() -> Iterator[LogHandler]:
