@@ -33,7 +33,7 @@ from .caching import Known, KnownRequests, cache_route, check_replaced_call, dec
 from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
-from .errors import ConfigurationError, DeadlineExceededError, OverloadedError, RequestError
+from .errors import ConfigurationError, OverloadedError, RequestError
 from .middleware import Observer, RequestPath
 from .pages import PROCESS_KEY, page_dependency
 from .pool.attempt import Attempts
@@ -396,10 +396,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     async def put_off(_request: Request, error: OverloadedError) -> Response:
         # How many connections there are is nobody's business outside.
-        late = isinstance(error, DeadlineExceededError)
-        why = "the time for this request has run out" if late else "the service has too much to do"
+        detail = "the service has too much to do; try again later"
         headers = {"retry-after": str(math.ceil(error.retry_after))}
-        return JSONResponse({"detail": f"{why}; try again later", "code": error.code}, error.status, headers)
+        return JSONResponse({"detail": detail, "code": error.code}, error.status, headers)
 
     app.exception_handlers.setdefault(RequestError, answer)
     app.exception_handlers.setdefault(OverloadedError, put_off)
