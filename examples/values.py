@@ -6,9 +6,10 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Annotated
 
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -77,6 +78,6 @@ async def summary() -> dict[str, float]:
 
 
 @app.put("/rates/{currency}", status_code=204)
-async def put_rate(currency: str, rate: float, db: SessionDep) -> None:
+async def put_rate(currency: str, rate: Annotated[float, Query(gt=0, allow_inf_nan=False)], db: SessionDep) -> None:
     """Set a rate: the commit drops what was kept of it."""
     await db.merge(Rate(currency=currency, rate=rate))

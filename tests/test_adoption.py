@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 from cache.conftest import patient as patient
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 from sqlalchemy import Engine, event, func, insert, select
@@ -321,7 +321,38 @@ async def test_several_engines_have_sessions_and_tags_of_their_own(sqlite_url: s
     await reports.dispose()
 
 
+async def test_what_one_engine_reads_another_of_the_same_database_outdates(url: str, database: Engine) -> None:
+    reports = create_engine(url)
+    app = FastAPI()
+    overdrive = Overdrive(app, database_url=url, engines={"reports": reports}, cache=True)
+
+    @app.get("/names")
+    @cached
+    async def read(db: Annotated[AsyncSession, Depends(RequestSession("reports"))]) -> list[str]:
+        return list(await db.scalars(select(Item.name).order_by(Item.id)))
+
+    adding(app, get_session)
+
+    @app.post("/sync")
+    def add(name: str, db: Annotated[Session, Depends(get_sync_session)]) -> None:
+        db.add(Item(name=name))
+
+    async with client(app) as http:
+        assert [(await http.get("/names")).headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        for path, expected in [("/", ["x"]), ("/sync", ["x", "x"])]:
+            await http.post(path + "?name=x")
+            assert (await http.get("/names")).json() == expected
+    await overdrive.aclose()
+    await reports.dispose()
+
+
 # Where something is missing or wrong
+
+OUTSIDE = outside("sqlite:///x.sqlite")
+
+
+async def awaited_tenant(request: Request) -> str:
+    return "acme"
 
 
 async def test_session_without_overdrive_names_the_fix() -> None:
@@ -345,6 +376,15 @@ def test_memory_database_has_no_synchronous_twin() -> None:
         ({"database_url": "oracle+nothing://x"}, "oracle"),
         ({"database_url": "mysql+pymysql://x/y"}, "pip install pymysql"),
         ({"sessionmaker": async_sessionmaker()}, "bound to no engine: give the one it uses as engine="),
+        ({"sessionmaker": sessionmaker()}, "takes async_sessionmaker, not sessionmaker"),
+        ({"engine": OUTSIDE}, "engine= takes AsyncEngine, not Engine: an Engine is sync_engine="),
+        ({"engines": {"reports": OUTSIDE}}, r"engines\['reports'\]= takes AsyncEngine"),
+        ({"engines": [OUTSIDE]}, "engines by their names"),
+        ({"sync_engine": create_engine("sqlite:///x.sqlite")}, "an AsyncEngine is engine="),
+        ({"session_class": Session}, "derived from AsyncSession"),
+        ({"settings": {"pool": {"size": 5}}}, r"Settings.load\(...\) makes one"),
+        ({"tenant": "acme"}, "tenant= takes a plain function"),
+        ({"tenant": awaited_tenant}, "tenant= takes a plain function"),
         ({"redis_url": "http://x"}, "Redis URL cannot be read"),
         ({"settings": Settings(), "database_url": "sqlite://"}, "either in settings= or as an argument"),
     ],
@@ -355,8 +395,11 @@ def test_bad_arguments_are_one_clear_sentence(arguments: dict[str, Any], complai
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [{"pool_size": 0}, {"max_overflow": -1}, {"pool_timeout": 0}, {"pool_recycle": -2}])
-def test_bad_pool_numbers(bad: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "bad",
+    [{"pool_size": 0}, {"pool_size": "3"}, {"max_overflow": -1}, {"pool_timeout": 0}, {"pool_recycle": -2}],
+)
+def test_bad_pool_numbers(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="a pool needs"):
         create_engine("sqlite:///x.sqlite", **bad)
 

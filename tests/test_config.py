@@ -168,7 +168,9 @@ def test_arguments_win_over_variables_one_by_one(monkeypatch: pytest.MonkeyPatch
         ("CACHE__PREFIX", "", "at least 1 character"),
         ("CACHE__MAX_BYTES", "-1", "greater than or equal to 0"),
         ("CACHE__MAX_BODY", "1.5", "valid integer"),
+        ("CACHE__OFF", "[users", 'looks like ["/users", "/orders"]'),
         ("LOG__EVENTS", "", "valid boolean"),
+        ("LOG__SAMPLE", "/health=0", 'looks like {"/health": 0}'),
         ("LOG__REQUEST_ID_HEADER", "x request id", "should match pattern"),
         ("LOG__TRUST_REQUEST_ID", "perhaps", "valid boolean"),
         ("PAGINATION__SIZE", "0", "greater than or equal to 1"),
@@ -272,7 +274,12 @@ def test_secrets_are_one_text_or_a_list(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("given", "fix"),
-    [("", "at least 16 characters"), ("hush", "at least 16 characters"), ('["hush', "EOF"), ("[1]", "valid string")],
+    [
+        ("", "at least 16 characters"),
+        ("hush", "at least 16 characters"),
+        ('["hush', "is no JSON"),
+        ("[1]", "valid string"),
+    ],
 )
 def test_a_secret_that_protects_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, given: str, fix: str) -> None:
     monkeypatch.setenv("OVERDRIVE_PAGINATION__SECRETS", given)

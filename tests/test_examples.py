@@ -44,6 +44,7 @@ def test_values() -> None:
                 assert http.get("/prices/100?currency=EUR").json() == 100 * rate
                 assert http.get("/summary").json() == {"count": 2, "highest": max(rate, 1)}
         assert http.get("/prices/100?currency=XXX").json() is None
+        assert http.put("/rates/EUR?rate=nan").status_code == 422
 
 
 def test_operations() -> None:

@@ -264,6 +264,24 @@ def test_mounted_app_documents_its_pages_once(sqlite_url: str, database: Engine)
         assert http.get("/mounted/items?size=3").json()["pages"] == 3
 
 
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_mounted_app_with_an_overdrive_of_its_own_is_left_to_it(
+    sqlite_url: str, database: Engine, outer_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, mounted = FastAPI(), FastAPI()
+    apps = (app, mounted) if outer_first else (mounted, app)
+    overdrives = {each: Overdrive(each, database_url=sqlite_url, cache=True) for each in apps}
+    add_items(mounted)
+    app.mount("/mounted", mounted)
+    with TestClient(app) as http:
+        assert queries(http.get("/mounted/openapi.json").json(), "/items") == ["page", "size"]
+        assert [http.get("/mounted/items").headers["x-cache"] for _ in range(2)] == ["miss", "hit"]
+        assert http.portal is not None
+        # Nobody runs the lifespan of a mounted app.
+        http.portal.call(overdrives[mounted].aclose)
+    assert not caplog.messages
+
+
 def test_websocket_declares_no_page() -> None:
     app = FastAPI()
 

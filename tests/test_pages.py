@@ -411,6 +411,9 @@ def test_outside_of_a_request_the_envelope_follows_from_what_is_asked(session: S
 MISUSES: list[tuple[Any, str]] = [
     (lambda db: paginate(db, select(Item)), "response_model=Page"),
     (lambda db: paginate(db, page=PageParams()), "needs a statement"),
+    (lambda db: paginate(db, db.query(Item), page=PageParams()), "of a Query pass its `statement`"),
+    (lambda db: paginate(db, Item, page=PageParams()), r"paginate\(db, select\(User\)\)"),
+    (lambda db: paginate(db, "SELECT 1", cursor=CursorParams()), r"of SQL text\(...\).columns"),
     (lambda db: paginate(db, select(Item), page=PageParams(), cursor=CursorParams()), "one of"),
     (lambda db: paginate(db, select(Item), limit_offset=LimitOffsetParams(), total="none"), "CountedPage"),
     (lambda db: paginate(db, select(Item), page=PageParams(), total="none", count_query=select(1)), "leave out one"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -77,6 +78,20 @@ class Overdrive:
                 "events_to= takes a logger of structlog or loguru, which has bind(); the standard library's "
                 "loggers get their events from the logger overdrive.request"
             )
+        if tenant is not None and (not callable(tenant) or inspect.iscoroutinefunction(tenant)):
+            raise ConfigurationError(
+                "tenant= takes a plain function from the request to a name: what has to be awaited is found out by a "
+                "middleware, which leaves it in request.state"
+            )
+        _check("settings", settings, Settings, "Settings.load(...) makes one")
+        _check("engine", engine, AsyncEngine, "an Engine is sync_engine=, beside a database_url= for the others")
+        _check("sessionmaker", sessionmaker, async_sessionmaker, "plain functions have sessions of sync_engine=")
+        _check("sync_engine", sync_engine, Engine, "an AsyncEngine is engine=")
+        _check("engines", engines, Mapping, "engines by their names")
+        for name, each in (engines or {}).items():
+            _check(f"engines[{name!r}]", each, AsyncEngine, "create_async_engine() makes one")
+        if not issubclass(session_class, AsyncSession):
+            raise ConfigurationError(f"session_class= takes a class derived from AsyncSession, not {session_class!r}")
         self.events_to = events_to
         self.tenant = tenant
         self.settings = _settings(settings, database_url=database_url, redis_url=redis_url)
@@ -97,7 +112,11 @@ class Overdrive:
             self._owned.append(engine)
         self.engine = engine
         self.engines: dict[str, AsyncEngine] = {"default": engine, **(engines or {})}
-        self.cache = _cache(self.settings, cache, [each.url for each in self.engines.values()])
+        databases = [each.url for each in self.engines.values()]
+        if sync_engine is not None:
+            databases.append(sync_engine.url)
+        self.cache = _cache(self.settings, cache, databases)
+        self.cache.invalidator.namesakes = _namesakes(self.engines)
         for name, each in self.engines.items():
             self._observe(each.sync_engine, name, prepared=each in self._owned)
         self._sessions = {name: Sessions.of(each, session_class) for name, each in self.engines.items()}
@@ -279,6 +298,11 @@ def add_pagination(app: FastAPI) -> FastAPI:
     return app
 
 
+def _check(name: str, value: object, kind: type, hint: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigurationError(f"{name}= takes {kind.__name__}, not {type(value).__name__}: {hint}")
+
+
 def _settings(settings: Settings | None, **given: str | None) -> Settings:
     values = {name: value for name, value in given.items() if value is not None}
     if settings is None:
@@ -315,6 +339,16 @@ def _name_of_database(url: URL) -> str | None:
     if url.database in (None, "", ":memory:"):
         return None
     return f"sqlite {os.path.realpath(url.database)}"
+
+
+def _namesakes(engines: Mapping[str, AsyncEngine]) -> dict[str, list[str]]:
+    """Return of each engine's name the others whose engines use the same database."""
+    databases = {name: _name_of_database(each.url) for name, each in engines.items()}
+    return {
+        name: others
+        for name, own in databases.items()
+        if own is not None and (others := [other for other in databases if other != name and databases[other] == own])
+    }
 
 
 def _log_handlers() -> Iterator[LogHandler]:

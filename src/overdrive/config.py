@@ -118,7 +118,8 @@ class CacheSettings(BaseModel):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return from_json(value) if value.startswith("[") else [name.strip() for name in value.split(",")]
+            names = [name.strip() for name in value.split(",")]
+            return _parsed(value, '["/users", "/orders"]') if value.startswith("[") else names
         return value
 
     @field_validator("off")
@@ -150,9 +151,14 @@ class LogSettings(BaseModel):
     events: bool = True
     request_id_header: str = Field("x-request-id", pattern=r"^[A-Za-z0-9-]+$")
     trust_request_id: bool = False
-    sample: dict[str, Annotated[float, Field(ge=0, le=1)]] = {}
+    sample: Annotated[dict[str, Annotated[float, Field(ge=0, le=1)]], NoDecode] = {}
     repeated_statements: int | None = Field(20, ge=1)
     server_timing: bool = False
+
+    @field_validator("sample", mode="before")
+    @classmethod
+    def _shares(cls, value: Any) -> Any:
+        return _parsed(value, '{"/health": 0}') if isinstance(value, str) else value
 
     @field_validator("repeated_statements", mode="before")
     @classmethod
@@ -189,7 +195,7 @@ class PaginationSettings(BaseModel):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return from_json(value) if value.startswith("[") else [value]
+            return _parsed(value, '["new secret", "old secret"]') if value.startswith("[") else [value]
         return value
 
     @field_validator("secrets")
@@ -255,6 +261,13 @@ class Settings(BaseSettings):
             return cls(**values)
         except ValidationError as error:
             raise ConfigurationError("; ".join(map(_complaint, error.errors()))) from None
+
+
+def _parsed(text: str, example: str) -> Any:
+    try:
+        return from_json(text)
+    except ValueError:
+        raise ValueError(f"this is no JSON, which looks like {example}") from None
 
 
 def _variables(model: type[BaseModel], prefix: str = _PREFIX) -> Iterator[str]:

@@ -37,6 +37,16 @@ CACHED = "__overdrive_cached__"
 DECLARED = "__overdrive_declared__"
 
 
+def _marked(function: F, name: str, told: object) -> F:
+    try:
+        setattr(function, name, told)
+    except AttributeError:
+        raise ConfigurationError(
+            f"{function!r} cannot be marked: mark the function it is made of, a method where its class defines it"
+        ) from None
+    return function
+
+
 # Sessions
 
 
@@ -185,8 +195,7 @@ def priority(level: Priority) -> Callable[[F], F]:
         raise ConfigurationError(f'@priority takes "high", "normal" or "low", not {level!r}')
 
     def mark(function: F) -> F:
-        setattr(function, PRIORITY, level)
-        return function
+        return _marked(function, PRIORITY, level)
 
     return mark
 
@@ -303,8 +312,7 @@ def cached(
             raise ConfigurationError(
                 f"@cached takes no positional argument but the endpoint: @cached(ttl={endpoint!r})"
             )
-        setattr(function, CACHED, told)
-        return function
+        return _marked(function, CACHED, told)
 
     return mark if endpoint is None else mark(endpoint)
 
@@ -359,4 +367,4 @@ def declare(
     """
     if (principal is None) is not ignore:
         raise ConfigurationError("declare() takes either principal=, a function, or ignore=True")
-    setattr(dependency, DECLARED, Declaration(principal))
+    _marked(dependency, DECLARED, Declaration(principal))

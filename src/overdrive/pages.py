@@ -21,7 +21,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 from sqlalchemy import Executable
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Query, Session
 
 from .config import PaginationSettings
 from .context import RequestContext, current
@@ -180,8 +180,8 @@ def _params(asked: Asked | None, given: list[Params]) -> Params:
     if params is None:
         raise PageError(
             "paginate() does not know which page is asked for: declare the endpoint's type, as in "
-            "response_model=Page[UserOut], on an app with Overdrive(app) or add_pagination(app), or pass page=, "
-            "limit_offset= or cursor="
+            "response_model=Page[UserOut], on an app with Overdrive(app) or add_pagination(app), before its first "
+            "request, or pass page=, limit_offset= or cursor="
         )
     if asked is not None and not isinstance(params, CursorParams) and params.offset > asked.settings.max_offset:
         raise PageTooDeepError(
@@ -219,6 +219,11 @@ def _steps(
 ) -> Steps[Found]:
     if statement is None:
         raise PageError("paginate() of a session needs a statement: paginate(db, select(User)).")
+    if isinstance(statement, Query) or not isinstance(statement, Executable):
+        raise PageError(
+            f"paginate() takes a statement, paginate(db, select(User)), and not an object of type "
+            f"{type(statement).__name__}: of a Query pass its `statement`, of SQL text(...).columns(...)."
+        )
     if count_query is not None and total != "exact":
         raise PageError(f'count_query= gives the exact total, and total= is "{total}": leave out one of them.')
     session = db.sync_session if isinstance(db, AsyncSession) else db

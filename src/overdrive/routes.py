@@ -74,7 +74,8 @@ class Site:
 
 
 def sites(app: FastAPI, prefix: str = "", by_address: bool = True) -> Iterator[Site]:
-    """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps.
+    """Walk every route of an app: direct, included, of any `route_class`, and those of mounted FastAPI apps, but for
+    apps with an Overdrive of their own.
 
     prefix, by_address: what a mount says of all of them.
     """
@@ -85,10 +86,16 @@ def sites(app: FastAPI, prefix: str = "", by_address: bool = True) -> Iterator[S
         by_address = by_address and _is_frameworks(type(served).matches)
         plain = by_address and _is_frameworks(served)
         if isinstance(served, Mount):
-            if isinstance(served.app, FastAPI):
+            if isinstance(served.app, FastAPI) and not _is_served(served.app):
                 yield from sites(served.app, prefix + (route.path or ""), plain and _is_bare(served.app))
         elif isinstance(served, APIRoute | APIWebSocketRoute):
             yield Site(app, route, prefix + (route.path_format or route.path or ""), plain)
+
+
+def _is_served(app: FastAPI) -> bool:
+    """Say whether a mounted app has an Overdrive of its own, which prepares its routes."""
+    installation = getattr(app.state, "overdrive_installation", None)
+    return installation is not None and installation.runtime is not None
 
 
 def _routers(router: Any) -> Iterator[Any]:

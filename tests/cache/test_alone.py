@@ -6,9 +6,12 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import anyio.to_thread
 import pytest
+import sqlalchemy
 from cache.neighbour import Neighbour, neighbour
 from cache.service import Service, serve
 from fastapi import FastAPI
@@ -18,6 +21,7 @@ from support import Item
 from overdrive import Overdrive, cached
 from overdrive.app import _name_of_database
 from overdrive.cache.alone import LoneStore, Neighbours
+from overdrive.cache.store import Mark
 
 pytestmark = pytest.mark.anyio
 
@@ -246,6 +250,39 @@ async def test_two_stores_of_one_process_learn_of_another() -> None:
         other.do("look")
         assert [store.is_alone() for store in stores] == [False, False]
     assert [store.is_alone() for store in stores] == [True, True]
+
+
+@asynccontextmanager
+async def other_app(service: Service) -> AsyncIterator[Overdrive]:
+    """Another app of this process that uses the same database, by another name and with plain functions."""
+    engine = sqlalchemy.create_engine(service.database.url)
+    other = Overdrive(FastAPI(), database_url="sqlite+aiosqlite://", sync_engine=engine, cache=False)
+    yield other
+    await other.aclose()
+    engine.dispose()
+
+
+async def test_what_another_app_of_this_process_writes_is_heard_of(service: Service) -> None:
+    async with other_app(service) as other:
+
+        def write() -> None:
+            with other.sync_session() as db:
+                db.add(Item(name="second"))
+
+        assert await service.marks("/names", "/plain", "/names", "/plain") == ["miss", "miss", "hit", "hit"]
+        await anyio.to_thread.run_sync(write)
+        answer = await service.get("/names")
+        assert (answer.json(), answer.headers["x-cache"]) == (["first", "second"], "miss")
+        assert await service.marks("/names") == ["hit"]
+
+
+async def test_what_another_app_of_this_process_is_writing_is_not_kept(service: Service) -> None:
+    async with other_app(service) as other:
+        mark = Mark("a1", frozenset({"default/items"}), "")
+        await other.cache.store.mark(mark)
+        assert await service.marks("/names", "/names") == ["miss", "miss"]
+        await other.cache.store.settle(mark)
+        assert await service.marks("/names", "/names") == ["miss", "hit"]
 
 
 async def test_several_workers_are_known_before_they_are_there(

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextvars import Context
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -21,7 +22,16 @@ from sqlalchemy.orm import DeclarativeBase, foreign, joinedload, relationship, s
 from starlette.background import BackgroundTask
 from support import Item, Other, names, recorded
 
-from overdrive import ConfigurationError, Overdrive, SessionDep, SyncSessionDep, cached, get_session
+from overdrive import (
+    ConfigurationError,
+    Overdrive,
+    SessionDep,
+    SyncSessionDep,
+    cached,
+    declare,
+    get_session,
+    priority,
+)
 from overdrive.instrumentation.events import RequestEvent
 from overdrive.testing import Clock
 
@@ -475,6 +485,18 @@ async def same() -> int:
 def test_tags_are_names(wrong: Any) -> None:
     with pytest.raises(ConfigurationError, match="tag"):
         cached(tags=wrong)
+
+
+class Shop:
+    async def products(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("mark", [cached, priority("high"), partial(declare, ignore=True)])
+def test_a_bound_method_takes_no_mark(mark: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigurationError, match="where its class defines it"):
+        mark(Shop().products)
+    mark(Shop.products)
 
 
 async def test_invalidate_takes_names_alone(service: Service) -> None:

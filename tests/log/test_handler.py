@@ -73,6 +73,16 @@ def test_a_path_and_a_stream_are_one_too_many(tmp_path: Path) -> None:
         LogHandler(tmp_path / "log", sys.stdout)
 
 
+@pytest.mark.parametrize("path", ["missing/log", "."])
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigurationError, match="make its directory first"):
+        LogHandler(tmp_path / path)
+
+
+def test_a_file_that_is_there_needs_no_directory_to_write_in() -> None:
+    LogHandler("/dev/null").close()
+
+
 def test_without_either_it_is_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     with logging_to(LogHandler()) as logger:
         logger.info("hello")
@@ -543,6 +553,11 @@ def test_a_stalled_sink_is_waited_for_once() -> None:
 def test_to_wait_for_ever_is_refused(block: float) -> None:
     with pytest.raises(ConfigurationError, match="block="):
         LogHandler(block=block)
+
+
+def test_room_for_nothing_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="max_bytes="):
+        LogHandler(max_bytes=0)
 
 
 @pytest.mark.usefixtures("configured")

@@ -232,3 +232,30 @@ async def test_writers_queue_on_sqlite(sqlite_url: str) -> None:
             assert sorted(map(int, connection.scalars(select(Item.name)))) == list(range(40))
             assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
         await overdrive.aclose()
+
+
+async def test_a_cancelled_statement_of_sqlite_ends_before_its_end(sqlite_url: str) -> None:
+    engine = create_engine(sqlite_url)
+    rows, begun, loop = [0], asyncio.Event(), asyncio.get_running_loop()
+
+    def tick(row: int) -> int:
+        rows[0] = row
+        if row == 1000:
+            loop.call_soon_threadsafe(begun.set)
+        return row
+
+    async def count() -> None:
+        async with engine.connect() as connection:
+            raw = await connection.get_raw_connection()
+            assert raw.driver_connection is not None
+            await raw.driver_connection.create_function("tick", 1, tick)
+            numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000000)"
+            await connection.execute(text(f"{numbers} SELECT max(tick(i)) FROM n"))
+
+    counting = asyncio.create_task(count())
+    await begun.wait()
+    counting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await counting
+    await engine.dispose()
+    assert rows[0] < 3_000_000

@@ -14,9 +14,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from hashlib import blake2b
+from weakref import WeakSet
 
 from .entry import Entry, Instant
 from .store import Found, MemoryStore
@@ -56,6 +57,8 @@ class Neighbours:
         digest = blake2b(name.encode(), digest_size=12).hexdigest()
         self._path = os.path.join(tempfile.gettempdir(), f"overdrive-{os.getuid()}-{digest}")
         self._fd: int | None = None
+        #: Where this process itself keeps what was read of the database: a store for each of its apps.
+        self.stores: WeakSet[LoneStore] = WeakSet()
         self._begin()
         os.register_at_fork(after_in_child=self._begin)
 
@@ -158,6 +161,8 @@ class LoneStore(MemoryStore):
     def __init__(self, max_bytes: int | None, databases: Iterable[str]) -> None:
         super().__init__(max_bytes)
         self._neighbours = [neighbours(name) for name in databases]
+        for each in self._neighbours:
+            each.stores.add(self)
         workers = os.environ.get("WEB_CONCURRENCY", "")
         self._is_one_of_several = workers.isdecimal() and int(workers) > 1
         self._is_alone = not self._is_one_of_several
@@ -213,9 +218,13 @@ class LoneStore(MemoryStore):
         return await super().versions(tags)
 
     def refuses(self, tags: Collection[str]) -> str | None:
-        """Refuse what another process could outdate; the first time it is said aloud."""
-        if _is_own(tags) or self.is_alone():
+        """Refuse what another process could outdate, which is said once; and what another app is writing just now."""
+        if _is_own(tags):
             return None
+        if self.is_alone():
+            now = time.monotonic()
+            pending = (until for each in self._beside() for marks in each._pending.values() for until in marks.values())
+            return "pending" if any(until > now for until in pending) else None
         if not self._said:
             self._said = True
             logger.warning(self._why)
@@ -227,6 +236,17 @@ class LoneStore(MemoryStore):
             with suppress(OSError):
                 each.come()
         await super().bump(tags, writer)
+
+    def _stamp(self, tags: Iterable[str]) -> None:
+        super()._stamp(tags)
+        if not _is_own(tags):
+            # Another app may know the same tables by another engine's name, so all it keeps is outdated.
+            for each in self._beside():
+                each.begin_anew()
+
+    def _beside(self) -> Iterator[LoneStore]:
+        """Walk the stores of other apps in this process that use one of these databases."""
+        return (store for each in self._neighbours for store in list(each.stores) if store is not self)
 
     async def aclose(self) -> None:
         """Be gone, for the others."""

@@ -7,7 +7,7 @@ import enum
 import logging
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -72,6 +72,8 @@ class Invalidator:
         self._lost: dict[Mark, bool] = {}
         #: Who listens for writes from outside.
         self.listeners: tuple[Listening, ...] = ()
+        #: By an engine's name, those of others that use the same database: rows are tagged by the one that read them.
+        self.namesakes: Mapping[str, Collection[str]] = {}
 
     @property
     def owes(self) -> bool:
@@ -92,13 +94,22 @@ class Invalidator:
         """Mark what the commit will write; sql: the first statement that did, without values."""
         request = current()
         who = OUTSIDE if request is None else of_request(request.method, request.route)
-        mark = Mark(secrets.token_hex(8), writes, f"{who} ({sql})")
+        mark = Mark(secrets.token_hex(8), self._under_all_names(writes), f"{who} ({sql})")
         try:
             await self.store.mark(mark)
         except StoreUnavailable:
             # The commit goes on: what the store could not be told, it may be after it.
             return Write(mark, is_marked=False)
         return Write(mark, is_marked=True)
+
+    def _under_all_names(self, writes: frozenset[str]) -> frozenset[str]:
+        return writes.union(
+            other + tag.removeprefix(name)
+            for name, others in self.namesakes.items()
+            for tag in writes
+            if tag.startswith(f"{name}/")
+            for other in others
+        )
 
     async def after(self, write: Write, outcome: enum.Enum) -> None:
         """Settle what has ended, and announce what could not be marked.

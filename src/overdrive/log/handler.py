@@ -70,7 +70,8 @@ class LogHandler(logging.Handler):
     pretty: whether a stream gets lines for people instead of JSON, with tracebacks below; left out, if it is a
         terminal. Those have colours, but for `NO_COLOR` (https://no-color.org).
 
-    Raises `ConfigurationError` where both `path` and `stream` are given, and for options that say nothing.
+    Raises `ConfigurationError` where both `path` and `stream` are given, for a path that cannot be written, and for
+    options that say nothing.
 
     `names`, `redact` and `redact_patterns` cost every line some microseconds more, on its caller. Lines logged in an
     active span of OpenTelemetry carry its ids.
@@ -95,6 +96,13 @@ class LogHandler(logging.Handler):
     ) -> None:
         if path is not None and stream is not None:
             raise ConfigurationError("LogHandler writes to a path or to a stream: leave one of them out")
+        if path is not None and not _is_writable(path):
+            raise ConfigurationError(
+                f"LogHandler(path={os.fspath(path)!r}): there can be no such file, or it may not be written here; "
+                "make its directory first"
+            )
+        if max_bytes < 1:
+            raise ConfigurationError(f"LogHandler(max_bytes={max_bytes!r}): it takes bytes, from 1")
         if pretty and path is not None:
             raise ConfigurationError("LogHandler(pretty=True) is for a stream: a file gets JSON")
         if tail not in (None, "errors"):
@@ -272,6 +280,13 @@ class LogHandler(logging.Handler):
             return self._shape.line(line) if self._shape else line
         counts = ", ".join(f"{level} {count}" for level, count in levels.items())
         return encode_text(f"log lines were dropped: {counts}")
+
+
+def _is_writable(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file is there to be written, or can be made; it is opened with its first line."""
+    if os.path.exists(path):
+        return os.access(path, os.W_OK) and not os.path.isdir(path)
+    return os.access(os.path.dirname(os.path.abspath(path)), os.W_OK | os.X_OK)
 
 
 def _stream_sink(given: TextIO | None, pretty: bool | None, names: Mapping[str, str]) -> Sink:

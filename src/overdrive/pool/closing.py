@@ -79,7 +79,9 @@ async def close(dialect: Dialect, dbapi_connection: Any) -> None:
             connection.terminate()
     elif dialect.driver == "aiosqlite":
         # Its close is two steps with a wait each; cancelled between them, it waits for an answer that never comes,
-        # and the event loop for it.
+        # and the event loop for it. A statement that nobody waits for any more would be gone through to its end first.
+        with contextlib.suppress(ValueError):
+            await connection.interrupt()
         if (stopped := connection.stop()) is not None:
             await stopped
     elif (watched := _psycopg.pop(connection, None)) is not None:

@@ -168,10 +168,11 @@ def _parsed(url: str | URL) -> URL:
 def _pooling(
     url: URL, options: dict[str, Any], size: int, overflow: int, timeout: float, recycle: int
 ) -> dict[str, Any]:
-    if size < 1 or overflow < 0 or timeout <= 0 or recycle < -1:
+    numbers = all(isinstance(each, int | float) for each in (size, overflow, timeout, recycle))
+    if not numbers or size < 1 or overflow < 0 or timeout <= 0 or recycle < -1:
         raise ConfigurationError(
             "a pool needs pool_size >= 1, max_overflow >= 0, pool_timeout > 0 and pool_recycle >= -1; "
-            f"got {size}, {overflow}, {timeout} and {recycle}"
+            f"got {size!r}, {overflow!r}, {timeout!r} and {recycle!r}"
         )
     in_memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
     if in_memory or options.get("poolclass") in (NullPool, StaticPool):
