@@ -58,10 +58,13 @@ class OverloadedError(OverdriveError):
 
     retry_after: in how many seconds.
     reason: why admission has refused it, as its statistics count it; None where something else did.
+    detail: what its client is told.
     """
 
     status = 503
     code = "overloaded"
+    # How many connections there are is nobody's business outside.
+    detail = "the service has too much to do; try again later"
     retry_after: float = 1
     reason: str | None = None
 
@@ -70,6 +73,7 @@ class DeadlineExceededError(OverloadedError):
     """The time a request has, by `pool.deadline` or its proxy's header, has run out before its response began."""
 
     code = "deadline_exceeded"
+    detail = "the time for this request has run out; try again later"
 
 
 class RequestError(OverdriveError):

@@ -460,15 +460,14 @@ class RequestPath:
 
 
 @functools.cache
-def _put_off_as(code: str) -> bytes:
-    # How many connections there are is nobody's business outside.
-    return json.dumps({"detail": "the service has too much to do; try again later", "code": code}).encode()
+def _told(detail: str, code: str) -> bytes:
+    return json.dumps({"detail": detail, "code": code}).encode()
 
 
 def putting_off(error: OverloadedError) -> Response:
     """Return the answer to a request that is worth making again."""
     headers = {"content-type": "application/json", "retry-after": str(math.ceil(error.retry_after))}
-    return Response(_put_off_as(error.code), error.status, headers)
+    return Response(_told(error.detail, error.code), error.status, headers)
 
 
 def _client_with(body: bytes) -> Receive:
