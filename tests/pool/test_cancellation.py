@@ -208,6 +208,35 @@ async def test_cancelled_block_of_a_factory_rolls_back(url: str, database: Engin
     await overdrive.aclose()
 
 
+async def test_a_thread_that_waits_when_its_request_is_cancelled_leaves_no_connection(
+    url: str, database: Engine
+) -> None:
+    app = FastAPI()
+    settings = Settings(database_url=url, pool={"size": 1, "max_overflow": 0})  # type: ignore[arg-type]
+    overdrive = Overdrive(app, settings=settings)
+    engine = overdrive.sync_sessions().engine
+    pool: Any = engine.pool
+    with engine.connect():
+        pass
+
+    @app.get("/")
+    def endpoint(db: SyncSessionDep) -> None:
+        db.execute(select(Item))
+
+    held = await asyncio.to_thread(engine.connect)
+    task = asyncio.create_task(call(app, "/"))
+    await eventually(lambda: pool.statistics.pending_requests == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.1)
+    held.close()
+    await eventually(lambda: pool.statistics.pending_requests == pool.checkedout() == 0)
+    with engine.connect() as connection:
+        assert connection.scalar(select(1)) == 1
+    await overdrive.aclose()
+
+
 async def test_many_plain_functions_on_a_small_pool_do_not_deadlock(url: str, database: Engine) -> None:
     """Were forty endpoint threads to wait for two connections, those that have one would find none to go on in."""
     app = FastAPI()

@@ -119,7 +119,7 @@ class Service:
 
     def __init__(self, url: str, **pool: Any) -> None:
         self.app = FastAPI()
-        pool = {"size": 2, "max_overflow": 0, "deadline": 0.3, **pool}
+        pool = {"size": 2, "max_overflow": 0, "deadline": 1, **pool}
         settings = Settings(database_url=url, pool=pool, admission={"away_after": 0})  # type: ignore[arg-type]
         self.overdrive = Overdrive(self.app, settings=settings)
         self.app.include_router(health_router)

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import Connection, Engine, Executable, QueuePool, Result, Select, event
+from sqlalchemy.exc import IllegalStateChangeError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from sqlalchemy.util import await_only
@@ -45,6 +46,8 @@ _HEARD = "overdrive_heard"
 
 #: Seconds a commit that was begun in its request's time has beyond that.
 _GRACE = 2.0
+#: Seconds between two looks at whether a thread is done with what cannot be interrupted.
+_POLL = 0.02
 
 
 def _time_left() -> float | None:
@@ -336,7 +339,8 @@ class SyncWork:
             if self.session.in_transaction():
                 await to_thread.run_sync(self._close, commit, limiter=_ending_threads())
             else:
-                self._close(commit=False)
+                self.session.info[_ENDED] = True
+                self.session.close()
         finally:
             if self._hanging_up is not None:
                 self._hanging_up.cancel()
@@ -349,9 +353,21 @@ class SyncWork:
         finally:
             self.session.info[_ENDED] = True
             try:
-                self.session.close()
+                while not self._is_closed():
+                    time.sleep(_POLL)
             except Exception:
                 logger.exception("a session could not be closed cleanly; its connection is discarded")
+
+    def _is_closed(self) -> bool:
+        """Close the session; say whether that was possible.
+
+        It is not while a request's thread, which goes on where its request is cancelled, waits for a connection.
+        """
+        try:
+            self.session.close()
+        except IllegalStateChangeError:
+            return False
+        return True
 
 
 #: Threads in which synchronous sessions end: as many as can commit at once without crowding the loop.
