@@ -7,6 +7,7 @@ write is made inside a transaction that is rolled back, so that the next one fin
 from __future__ import annotations
 
 import asyncio
+import signal
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -762,6 +763,22 @@ ERRORS = (
 )
 
 
+@contextmanager
+def _soon() -> Iterator[None]:
+    """Raise what does not end: what loads itself eagerly along many ways takes SQLAlchemy hours."""
+
+    def stop(_number: int, _frame: Any) -> None:
+        raise RecursionError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 class Judge:
     """Sets readings against writes, in one schema after the other.
 
@@ -808,7 +825,7 @@ class Judge:
         self._sent.clear()
         try:
             reading = reader.reading()
-            with collecting() as collected, Session(connection) as session:
+            with _soon(), collecting() as collected, Session(connection) as session:
                 answer = shown(reading(session))
         except ERRORS:
             self.counts["senseless"] += 1
@@ -823,7 +840,7 @@ class Judge:
         self._sent.clear()
         try:
             writing = writer.writing()
-            with Session(connection, join_transaction_mode="create_savepoint") as session:
+            with _soon(), Session(connection, join_transaction_mode="create_savepoint") as session:
                 writing(session)
                 session.commit()
         except ERRORS:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from overdrive.context import OF_ROWS, Reads, RequestContext, collectors, current
 from overdrive.errors import ConfigurationError
@@ -28,11 +31,12 @@ from overdrive.instrumentation.repeats import Repeats
 
 from .catalogue import ASKED, relations_of
 from .holders import team_lines
+from .housekeeping import housekeeper
 from .pool import FairPool
 from .relations import Meaning, Relations, translated
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of, outline
-from .tasks import loop_beside, to_the_end
+from .tasks import loop_beside, start, to_the_end
 
 T = TypeVar("T")
 
@@ -89,8 +93,13 @@ _MANY = 100
 #: Where a `schema_translate_map` has tables sent to: by the schema of their models, another.
 Schemas = Mapping[str | None, str | None]
 
+#: Statements whose names are remembered.
+_NAMED = 10_000
+
 #: Seconds for which nobody asks again what the database has, unless a statement may have changed it.
 _TOLD = 1.0
+#: Seconds after a statement at which an idle connection is asked what other programs have made of tables meanwhile.
+_LOOK = 5.0
 
 
 class Named(NamedTuple):
@@ -228,6 +237,9 @@ class Observation:
         #: Names of which the database had not said enough at first.
         self._sought: frozenset[str] = frozenset()
         self._told = self._untold("nobody has asked the database yet what its tables are")
+        #: When that is looked at behind the scenes; and whether others have changed what somebody went by.
+        self._look_at = 0.0
+        self._overtaken = False
         self._listen()
 
     def _listen(self) -> None:
@@ -281,6 +293,8 @@ class Observation:
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
         transaction.started = time.perf_counter()
+        if transaction.started >= self._look_at:
+            self._look_later(transaction.started)
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
         """Note that the statement last started on the connection with `info` was answered."""
@@ -298,7 +312,6 @@ class Observation:
                     repeats.came_from(sql, place)
         if named is None:
             return
-        facts = named.facts
         if named.rows_read and rows < 1:
             # What is not there yet may come without being named.
             tables = self._tagged(each.table for each in named.rows_read)
@@ -307,10 +320,10 @@ class Observation:
                 _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
-            writes = self._tagged(facts.writes)
+            writes = self._tagged(named.facts.writes)
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
-        if autocommit and facts.writes:
-            if facts.reshapes:
+        if autocommit and named.writes:
+            if named.facts.reshapes:
                 self._forget()
             self._report(transaction.announced, Outcome.COMMITTED)
 
@@ -324,6 +337,9 @@ class Observation:
         if named is None:
             named = self._name(facts, schemas or {}, told)
             if not schemas:
+                # Texts with their values in them are without number.
+                if len(told.named) >= _NAMED:
+                    told.named.clear()
                 told.named[facts] = named
         return named
 
@@ -349,6 +365,16 @@ class Observation:
             reads |= {self._everything}
         writes = under_all_names(facts.writes) | {name + OF_ROWS for name in under_all_names(facts.scattered)}
         writes = writes.union(*(meanings[table].writes for table in facts.writes if table in meanings))
+        lacking = {table.rpartition(".")[2] for table, each in meanings.items() if each.lacking}
+        if told.relations is not None:
+            for table, columns in facts.changes:
+                along = told.relations.changed_along(translated(table, schemas), columns)
+                writes = writes.union(along, (name + OF_ROWS for name in along))
+            if facts.words & told.relations.writing:
+                writes |= {EVERYTHING}
+        elif facts.words and told.why is not None:
+            writes |= {EVERYTHING}
+            lacking.add("")
         return Named(
             facts,
             reads,
@@ -356,7 +382,7 @@ class Observation:
             tuple(other for rows in facts.rows_read for other in of_all_names(rows)),
             () if facts.rows_written is None else tuple(of_all_names(facts.rows_written)),
             facts.unknown or next((each.unknown for each in read if each.unknown), None),
-            frozenset(table.rpartition(".")[2] for table, each in meanings.items() if each.lacking),
+            frozenset(lacking),
         )
 
     def _tags_of(self, named: Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
@@ -420,6 +446,46 @@ class Observation:
         # Otherwise a statement has changed something meanwhile, or somebody else has asked.
         if self._told is asked:
             self._told = told
+            if asked.relations is not None and told.relations is not None:
+                self._overtaken |= not asked.relations.holds(told.relations)
+
+    def _look_later(self, now: float) -> None:
+        """Have a connection that is idle by then asked again, behind the scenes.
+
+        So whatever another program makes of a table is known soon after a statement that was taken for something else.
+        """
+        if self.engine.dialect.name not in ASKED:
+            self._look_at = math.inf
+            return
+        self._look_at = now + _LOOK
+        look = weakref.WeakMethod(self._look)
+        if self.engine.dialect.is_async:
+            # Not in the context of the request that happens to be the first.
+            asyncio.get_running_loop().call_later(_LOOK, _in_a_task, look, context=Context())
+        else:
+            housekeeper.call_at(time.monotonic() + _LOOK, self._look_in_a_thread)
+
+    def _look_in_a_thread(self) -> None:
+        threading.Thread(target=self._look, name="overdrive-look", daemon=True).start()
+
+    def _look(self) -> None:
+        pool: Any = self.engine.pool
+        if not isinstance(pool, FairPool | QueuePool) or not pool.checkedin():
+            return
+        try:
+            pooled = pool.connect()
+        except Exception:
+            return  # whoever needs one learns why
+        try:
+            if time.monotonic() - self._told.at > _TOLD:
+                self._ask(pooled.dbapi_connection)
+        finally:
+            pooled.close()
+        if self._overtaken:
+            self._overtaken = False
+            announced: Announced = []
+            self._announce(frozenset((self._everything,)), "DDL of another program", announced)
+            self._report(announced, Outcome.COMMITTED)
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -443,9 +509,9 @@ class Observation:
         transaction, autocommit = _transaction_of(connection.info), self._is_autocommit(connection)
         named = transaction.named
         self.finished(connection.info, sql, _count_of(cursor), autocommit=autocommit)
-        if named is None or autocommit or EVERYTHING not in named.facts.writes:
+        if named is None or autocommit or not transaction.writes:
             return
-        # Textual SQL may have been a COMMIT.
+        # Textual SQL may have been a COMMIT, and a driver may be in autocommit without SQLAlchemy's knowing.
         if is_idle(self.engine, connection.connection):
             with self._announced(transaction):
                 self._end(transaction)
@@ -520,6 +586,9 @@ class Observation:
     def _committing_prepared(self, commit: Callable[..., None]) -> Callable[..., None]:
         def do_commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
             transaction = _transaction_of(connection.info)
+            if kwargs.get("recover"):
+                # It was prepared elsewhere, maybe by another process.
+                transaction.wrote(frozenset((self._everything,)), "COMMIT PREPARED")
             # What is prepared is not the connection's any more, which seems to be idle.
             with self._announced(transaction):
                 commit(connection, *args, **kwargs)
@@ -622,6 +691,11 @@ class Observation:
         if self.engine.dialect.is_async:
             return await_only(coroutine)
         return _run_from_thread(coroutine, self.loop)
+
+
+def _in_a_task(look: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (method := look()) is not None:
+        start(greenlet_spawn(method))
 
 
 async def _tell(announced: Announced, outcome: Outcome) -> None:
