@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 from cache.service import Service, serve
-from cache.test_relations import MISS_AND_HIT, lists, named, run, works
+from cache.test_relations import MISS_AND_HIT, UNKNOWN, lists, named, run, works
 from cache.test_relations import emptied as emptied
+from cache.test_relations import on_asyncpg as on_asyncpg
 from cache.test_relations import service as service
 from fastapi import FastAPI
 from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table, event, func, insert, select, text, update
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from support import Item, Other, client, eventually, tables
 
-from overdrive import Overdrive, SessionDep, cached, create_engine
+from overdrive import Overdrive, SessionDep, SyncSessionDep, cached, create_engine
 from overdrive.pool import observe
 
 pytestmark = pytest.mark.anyio
@@ -210,3 +211,51 @@ async def test_what_has_not_changed_drops_nothing(attentive: None, service: Serv
             await service.write(works(select(1)))
             await asyncio.sleep(0.02)
     assert await service.marks("/names", "/seen") == ["hit", "hit"]
+
+
+# What reaches the driver past everybody
+
+
+async def test_a_copy_through_the_drivers_own_connection(service: Service) -> None:
+    lists(service, "/others", named("others"))
+
+    async def copy(db: AsyncSession) -> None:
+        raw = await (await db.connection()).get_raw_connection()
+        driver: Any = raw.driver_connection
+        if hasattr(driver, "copy_records_to_table"):
+            await driver.copy_records_to_table("others", records=[("copied",)], columns=["name"])
+        else:
+            async with driver.cursor() as cursor, cursor.copy("COPY others (name) FROM STDIN") as into:
+                await into.write_row(("copied",))
+
+    assert await service.marks("/others", "/others") == MISS_AND_HIT
+    assert await service.write(copy) == 200
+    assert (await service.get("/others")).json() == ["other", "copied"]
+
+
+async def test_what_is_read_there_is_not_kept(on_asyncpg: Service) -> None:
+    @on_asyncpg.app.get("/raw")
+    @cached
+    async def raw(db: SessionDep) -> list[str]:
+        pooled = await (await db.connection()).get_raw_connection()
+        driver: Any = pooled.driver_connection
+        return [row["name"] for row in await driver.fetch("SELECT name FROM others")]
+
+    for _ in range(2):
+        answer = await on_asyncpg.get("/raw")
+        assert (answer.json(), answer.headers["cache-status"]) == (["other"], UNKNOWN)
+
+
+async def test_a_thread_that_does_not_know_which_request_it_is_for(service: Service) -> None:
+    @service.app.get("/executed")
+    @cached
+    async def executed(db: SyncSessionDep) -> list[str]:
+        return await asyncio.get_running_loop().run_in_executor(None, lambda: list(db.scalars(select(Other.name))))
+
+    @service.app.post("/executed")
+    async def execute(db: SyncSessionDep) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, lambda: db.execute(insert(Other).values(name="new")))
+
+    assert await service.marks("/executed", "/executed") == MISS_AND_HIT
+    assert (await service.http.post("/executed")).status_code == 200
+    assert (await service.get("/executed")).json() == ["other", "new"]

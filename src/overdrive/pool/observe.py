@@ -149,6 +149,7 @@ class _Transaction:
         "announced",
         "began",
         "named",
+        "owner",
         "reads",
         "relaxed",
         "reshapes",
@@ -174,6 +175,8 @@ class _Transaction:
         self.announced: Announced = []
         #: Whether names may mean something else when it has ended.
         self.reshapes = False
+        #: The request whose session has the connection.
+        self.owner: RequestContext | None = None
         #: Names of temporary tables that were made on the connection, as long as that lasts.
         self.temporary: frozenset[str] = frozenset()
 
@@ -239,6 +242,10 @@ class Observation:
         self._told = self._untold("nobody has asked the database yet what its tables are")
         #: When that is looked at behind the scenes; and whether others have changed what somebody went by.
         self._look_at = 0.0
+        #: Connections whose driver's own somebody has, by `id`; and whether that may be anybody but SQLAlchemy, which
+        #: wants the first for itself.
+        self._taken: set[int] = set()
+        self._is_connected = getattr(engine.dialect, "default_isolation_level", None) is not None
         self._overtaken = False
         self._listen()
 
@@ -253,6 +260,7 @@ class Observation:
         dialect.do_commit_twophase = self._committing_prepared(dialect.do_commit_twophase)
         dialect.do_rollback = self._rolling_back(dialect.do_rollback)
         dialect.do_release_savepoint = self._releasing(dialect.do_release_savepoint)
+        dialect.get_driver_connection = self._taking_out(dialect.get_driver_connection)
         engine: Any = self.engine
         engine.raw_connection = self._checking_out(engine.raw_connection)
 
@@ -277,7 +285,8 @@ class Observation:
         unknown = named.unknown
         if transaction.temporary and (hidden := transaction.temporary & facts.names_read):
             unknown = f"a temporary table was made on this connection, and may hide {min(hidden)}"
-        for collector in collectors():
+        context = current() or transaction.owner
+        for collector in _readers(transaction):
             _collect(collector, reads)
             if unknown:
                 collector.unknown.append(unknown)
@@ -288,7 +297,7 @@ class Observation:
             self._forget()
         if writes:
             transaction.wrote(writes, sql)
-            if (context := current()) is not None:
+            if context is not None:
                 context.wrote |= writes
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
@@ -316,7 +325,7 @@ class Observation:
             # What is not there yet may come without being named.
             tables = self._tagged(each.table for each in named.rows_read)
             transaction.reads |= tables
-            for collector in collectors():
+            for collector in _readers(transaction):
                 _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
@@ -426,12 +435,13 @@ class Observation:
 
         What is not committed is nobody else's yet, and an error would end it.
         """
-        driver: Any = connection.driver_connection
+        driver = driver_of(connection)
         if is_idle(self.engine, connection) or getattr(driver, "in_transaction", True) is False:
             self._sought |= named.lacking
             self._ask(connection.dbapi_connection)
 
     def _connected(self, dbapi_connection: Any, _record: Any) -> None:
+        self._is_connected = True
         if self._told.relations is None or time.monotonic() - self._told.at > _TOLD:
             self._ask(dbapi_connection)
 
@@ -483,9 +493,7 @@ class Observation:
             pooled.close()
         if self._overtaken:
             self._overtaken = False
-            announced: Announced = []
-            self._announce(frozenset((self._everything,)), "DDL of another program", announced)
-            self._report(announced, Outcome.COMMITTED)
+            self._tell_of_everything("DDL of another program")
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -570,6 +578,7 @@ class Observation:
             transaction = _transaction_of(_info_of(connection))
             if is_idle(self.engine, connection):
                 return
+            self._wrote_unseen(connection.dbapi_connection, transaction)
             try:
                 with self._announced(transaction):
                     commit(connection, *args, **kwargs)
@@ -637,6 +646,26 @@ class Observation:
             transaction.reshapes = False
             self._forget()
 
+    def _taking_out(self, driver_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Have the driver's own connection counted as a reading and a write of which nothing is known: of COPY, say."""
+
+        def get_driver_connection(dbapi_connection: Any) -> Any:
+            if self._is_connected:
+                self._taken.add(id(dbapi_connection))
+                for collector in collectors():
+                    collector.unknown.append("the driver's own connection was taken, and what it is asked nobody sees")
+            return driver_of(dbapi_connection)
+
+        return get_driver_connection
+
+    def was_taken(self, pooled: PoolProxiedConnection) -> bool:
+        """Say whether somebody has the driver's own connection of a pooled one."""
+        return id(pooled.dbapi_connection) in self._taken
+
+    def _wrote_unseen(self, dbapi_connection: Any, transaction: _Transaction) -> None:
+        if id(dbapi_connection) in self._taken:
+            transaction.wrote(frozenset((self._everything,)), "what the driver's own connection was asked")
+
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
             context = current()
@@ -664,10 +693,14 @@ class Observation:
     def _checkin(self, dbapi_connection: Any, record: Any) -> None:
         if (leave := record.record_info.pop(_LEAVE, None)) is not None:
             leave()
+        if id(dbapi_connection) in self._taken:
+            self._taken.discard(id(dbapi_connection))
+            self._tell_of_everything("what the driver's own connection was asked")
         transaction = record.info.get(_KEY)
         if transaction is None:
             return
         self._end(transaction)
+        transaction.owner = None
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 
@@ -686,6 +719,12 @@ class Observation:
             told = _tell(announced[:], outcome)
             announced.clear()
             self._wait(to_the_end(told))
+
+    def _tell_of_everything(self, why: str) -> None:
+        """Tell of a write that was not seen, of which nobody knows more than that it is over."""
+        announced: Announced = []
+        self._announce(frozenset((self._everything,)), why, announced)
+        self._report(announced, Outcome.COMMITTED)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self.engine.dialect.is_async:
@@ -709,7 +748,7 @@ async def _tell(announced: Announced, outcome: Outcome) -> None:
 def has_begun(connection: Connection) -> bool:
     """Say whether the database was asked for anything but plain reads since the last end of a transaction."""
     # A driver told so (PEP 249's way) opens one on SQLite for reads as well.
-    is_open = getattr(connection.connection.driver_connection, "in_transaction", False)
+    is_open = getattr(driver_of(connection.connection), "in_transaction", False)
     return is_open or _transaction_of(connection.info).began
 
 
@@ -722,13 +761,18 @@ _IDLE: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def driver_of(pooled: Any) -> Any:
+    """Return the driver's own connection of a pooled one, which is not told as taken out."""
+    return getattr(pooled.dbapi_connection, "driver_connection", pooled.dbapi_connection)
+
+
 def is_idle(engine: Engine, connection: Any) -> bool:
     """Say whether ending the transaction of a pooled connection would end nothing.
 
     With aiosqlite that would be a trip to its thread, and with psycopg one to its lock.
     """
     idle = _IDLE.get(engine.dialect.driver)
-    return idle is not None and idle(connection.driver_connection)
+    return idle is not None and idle(driver_of(connection))
 
 
 def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bool:
@@ -736,7 +780,9 @@ def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bo
     pool = engine.pool
     # A `QueuePool` closes one beyond its size as it comes back, and psycopg's is taken out of autocommit, which waits.
     kept = isinstance(pool, FairPool) or (isinstance(pool, QueuePool) and pool.overflow() <= 0)
-    return kept and "psycopg" not in engine.dialect.driver and pooled.is_valid and is_idle(engine, pooled)
+    observation = observation_of(engine)
+    is_seen = observation is None or not observation.was_taken(pooled)
+    return kept and is_seen and "psycopg" not in engine.dialect.driver and pooled.is_valid and is_idle(engine, pooled)
 
 
 _KEY = "overdrive"
@@ -756,6 +802,15 @@ def _info_of(connection: Any) -> dict[Any, Any]:
         return connection.info  # type: ignore[no-any-return]
     except NotImplementedError:
         return {}
+
+
+def lend(connection: Connection, owner: RequestContext | None) -> None:
+    """Note whose session has a connection: in a thread of an executor nobody else knows which request it is for."""
+    _transaction_of(connection.info).owner = owner
+
+
+def _readers(transaction: _Transaction) -> tuple[Reads, ...]:
+    return collectors() or (() if transaction.owner is None else (transaction.owner.reads,))
 
 
 def _collect(collector: Reads, tags: frozenset[str]) -> None:

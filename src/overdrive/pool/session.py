@@ -17,12 +17,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from sqlalchemy.util import await_only
 
+from overdrive.context import current
 from overdrive.errors import SessionEndedError
 
 from . import direct
 from .engine import capacity_of
 from .entity import KEY, entity_of, make
-from .observe import has_begun, returns_without_waiting
+from .observe import has_begun, lend, returns_without_waiting
 from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
 
@@ -36,6 +37,7 @@ _KEYS = (int, str, UUID)
 
 _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
+_OWNER = "overdrive_owner"
 #: Where a class of sessions keeps who listens to all of them.
 _HEARD = "overdrive_heard"
 
@@ -68,7 +70,9 @@ class Sessions:
 
     def open(self) -> AsyncSession:
         """Return a new session, which takes a connection with its first statement."""
-        return self._maker(**self._options)
+        session = self._maker(**self._options)
+        session.info[_OWNER] = current()
+        return session
 
     @contextlib.contextmanager
     def bound_to(self, connection: AsyncConnection) -> Iterator[None]:
@@ -116,7 +120,9 @@ class SyncSessions:
 
     def open(self) -> Session:
         """Return a new session, which takes a connection with its first statement."""
-        return self._maker(**self._options)
+        session = self._maker(**self._options)
+        session.info[_OWNER] = current()
+        return session
 
     async def admitted(self) -> Callable[[], None]:
         """Wait until the pool has a connection to spare for one more request; return what gives the place back.
@@ -197,6 +203,7 @@ def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None
 
 def _note_connection(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     session.info.setdefault(_CONNECTIONS, []).append(connection)
+    lend(connection, session.info.get(_OWNER))
 
 
 def _ends_without_waiting(session: Session) -> bool:
