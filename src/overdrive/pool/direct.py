@@ -19,7 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from overdrive.context import current
 
 from .engine import begins_with_writes
-from .observe import Observation, observation_of, returns_without_waiting
+from .observe import Observation, driver_of, observation_of, returns_without_waiting
 from .pool import FairPool
 from .statement import Facts, facts_of
 
@@ -147,7 +147,7 @@ def _take(engine: Engine) -> PoolProxiedConnection:
 async def _fetch(
     pooled: PoolProxiedConnection, engine: Engine, observation: Observation, statement: Direct, values: list[Any]
 ) -> Rows:
-    driver: Any = pooled.driver_connection
+    driver = driver_of(pooled)
     try:
         if statement.results is None:
             statement.results = await _results(driver, statement, engine.dialect)

@@ -25,7 +25,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from overdrive.errors import ConfigurationError
 
 from .closing import abandon, close, has_loop
-from .observe import NEEDS_TRANSACTIONS
+from .observe import NEEDS_TRANSACTIONS, driver_of
 from .pool import FairPool
 from .sizes import watch_sizes
 from .statement import facts_of, first_word
@@ -350,7 +350,7 @@ def _is_demoted(pooled: Any) -> bool:
     # Until another server is promoted, every write fails, and must not cost a connection each.
     if time.time() - pooled._connection_record.starttime < _FAILOVER_PAUSE:
         return False
-    driver = pooled.driver_connection
+    driver = driver_of(pooled)
     if hasattr(driver, "get_settings"):
         settings = driver.get_settings()
         told = [getattr(settings, name, None) for name in _READ_ONLY_SERVER]
@@ -412,7 +412,7 @@ def _begin_with_the_first_write(
     connection: Connection, _cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
 ) -> None:
     """Open the transaction with its first write, as a writer: one that starts as a reader may have to give up."""
-    driver: Any = connection.connection.driver_connection
+    driver = driver_of(connection.connection)
     if driver.in_transaction or first_word(sql) in _OUTSIDE_TRANSACTIONS:
         return
     if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":

@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
+import threading
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from overdrive.context import OF_ROWS, Reads, RequestContext, collectors, current
 from overdrive.errors import ConfigurationError
@@ -28,11 +31,12 @@ from overdrive.instrumentation.repeats import Repeats
 
 from .catalogue import ASKED, relations_of
 from .holders import team_lines
+from .housekeeping import housekeeper
 from .pool import FairPool
 from .relations import Meaning, Relations, translated
 from .rows import Rows, condensed
 from .statement import EVERYTHING, Facts, facts_of, outline
-from .tasks import loop_beside, to_the_end
+from .tasks import loop_beside, start, to_the_end
 
 T = TypeVar("T")
 
@@ -89,8 +93,13 @@ _MANY = 100
 #: Where a `schema_translate_map` has tables sent to: by the schema of their models, another.
 Schemas = Mapping[str | None, str | None]
 
+#: Statements whose names are remembered.
+_NAMED = 10_000
+
 #: Seconds for which nobody asks again what the database has, unless a statement may have changed it.
 _TOLD = 1.0
+#: Seconds after a statement at which an idle connection is asked what other programs have made of tables meanwhile.
+_LOOK = 5.0
 
 
 class Named(NamedTuple):
@@ -140,6 +149,7 @@ class _Transaction:
         "announced",
         "began",
         "named",
+        "owner",
         "reads",
         "relaxed",
         "reshapes",
@@ -165,6 +175,8 @@ class _Transaction:
         self.announced: Announced = []
         #: Whether names may mean something else when it has ended.
         self.reshapes = False
+        #: The request whose session has the connection.
+        self.owner: RequestContext | None = None
         #: Names of temporary tables that were made on the connection, as long as that lasts.
         self.temporary: frozenset[str] = frozenset()
 
@@ -230,6 +242,13 @@ class Observation:
         #: Names of which the database had not said enough at first.
         self._sought: frozenset[str] = frozenset()
         self._told = self._untold("nobody has asked the database yet what its tables are")
+        #: When that is looked at behind the scenes; and whether others have changed what somebody went by.
+        self._look_at = 0.0
+        #: Connections whose driver's own somebody has, by `id`; and whether that may be anybody but SQLAlchemy, which
+        #: wants the first for itself.
+        self._taken: set[int] = set()
+        self._is_connected = getattr(engine.dialect, "default_isolation_level", None) is not None
+        self._overtaken = False
         self._listen()
 
     def _listen(self) -> None:
@@ -243,6 +262,7 @@ class Observation:
         dialect.do_commit_twophase = self._committing_prepared(dialect.do_commit_twophase)
         dialect.do_rollback = self._rolling_back(dialect.do_rollback)
         dialect.do_release_savepoint = self._releasing(dialect.do_release_savepoint)
+        dialect.get_driver_connection = self._taking_out(dialect.get_driver_connection)
         engine: Any = self.engine
         engine.raw_connection = self._checking_out(engine.raw_connection)
 
@@ -267,7 +287,8 @@ class Observation:
         unknown = named.unknown
         if transaction.temporary and (hidden := transaction.temporary & facts.names_read):
             unknown = f"a temporary table was made on this connection, and may hide {min(hidden)}"
-        for collector in collectors():
+        context = current() or transaction.owner
+        for collector in _readers(transaction):
             _collect(collector, reads)
             if unknown:
                 collector.unknown.append(unknown)
@@ -278,11 +299,13 @@ class Observation:
             self._forget()
         if writes:
             transaction.wrote(writes, sql)
-            if (context := current()) is not None:
+            if context is not None:
                 context.wrote |= writes
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
         self._asked_at = transaction.started = time.perf_counter()
+        if transaction.started >= self._look_at:
+            self._look_later(transaction.started)
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
         """Note that the statement last started on the connection with `info` was answered."""
@@ -301,19 +324,18 @@ class Observation:
                     repeats.came_from(sql, place)
         if named is None:
             return
-        facts = named.facts
         if named.rows_read and rows < 1:
             # What is not there yet may come without being named.
             tables = self._tagged(each.table for each in named.rows_read)
             transaction.reads |= tables
-            for collector in collectors():
+            for collector in _readers(transaction):
                 _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
-            writes = self._tagged(facts.writes)
+            writes = self._tagged(named.facts.writes)
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
-        if autocommit and facts.writes:
-            if facts.reshapes:
+        if autocommit and named.writes:
+            if named.facts.reshapes:
                 self._forget()
             self._report(transaction.announced, Outcome.COMMITTED)
 
@@ -331,6 +353,9 @@ class Observation:
         if named is None:
             named = self._name(facts, schemas or {}, told)
             if not schemas:
+                # Texts with their values in them are without number.
+                if len(told.named) >= _NAMED:
+                    told.named.clear()
                 told.named[facts] = named
         return named
 
@@ -356,6 +381,16 @@ class Observation:
             reads |= {self._everything}
         writes = under_all_names(facts.writes) | {name + OF_ROWS for name in under_all_names(facts.scattered)}
         writes = writes.union(*(meanings[table].writes for table in facts.writes if table in meanings))
+        lacking = {table.rpartition(".")[2] for table, each in meanings.items() if each.lacking}
+        if told.relations is not None:
+            for table, columns in facts.changes:
+                along = told.relations.changed_along(translated(table, schemas), columns)
+                writes = writes.union(along, (name + OF_ROWS for name in along))
+            if facts.words & told.relations.writing:
+                writes |= {EVERYTHING}
+        elif facts.words and told.why is not None:
+            writes |= {EVERYTHING}
+            lacking.add("")
         return Named(
             facts,
             reads,
@@ -363,7 +398,7 @@ class Observation:
             tuple(other for rows in facts.rows_read for other in of_all_names(rows)),
             () if facts.rows_written is None else tuple(of_all_names(facts.rows_written)),
             facts.unknown or next((each.unknown for each in read if each.unknown), None),
-            frozenset(table.rpartition(".")[2] for table, each in meanings.items() if each.lacking),
+            frozenset(lacking),
         )
 
     def _tags_of(self, named: Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
@@ -407,12 +442,13 @@ class Observation:
 
         What is not committed is nobody else's yet, and an error would end it.
         """
-        driver: Any = connection.driver_connection
+        driver = driver_of(connection)
         if is_idle(self.engine, connection) or getattr(driver, "in_transaction", True) is False:
             self._sought |= named.lacking
             self._ask(connection.dbapi_connection)
 
     def _connected(self, dbapi_connection: Any, _record: Any) -> None:
+        self._is_connected = True
         if self._told.relations is None or time.monotonic() - self._told.at > _TOLD:
             self._ask(dbapi_connection)
 
@@ -427,6 +463,44 @@ class Observation:
         # Otherwise a statement has changed something meanwhile, or somebody else has asked.
         if self._told is asked:
             self._told = told
+            if asked.relations is not None and told.relations is not None:
+                self._overtaken |= not asked.relations.holds(told.relations)
+
+    def _look_later(self, now: float) -> None:
+        """Have a connection that is idle by then asked again, behind the scenes.
+
+        So whatever another program makes of a table is known soon after a statement that was taken for something else.
+        """
+        if self.engine.dialect.name not in ASKED:
+            self._look_at = math.inf
+            return
+        self._look_at = now + _LOOK
+        look = weakref.WeakMethod(self._look)
+        if self.engine.dialect.is_async:
+            # Not in the context of the request that happens to be the first.
+            asyncio.get_running_loop().call_later(_LOOK, _in_a_task, look, context=Context())
+        else:
+            housekeeper.call_at(time.monotonic() + _LOOK, self._look_in_a_thread)
+
+    def _look_in_a_thread(self) -> None:
+        threading.Thread(target=self._look, name="overdrive-look", daemon=True).start()
+
+    def _look(self) -> None:
+        pool: Any = self.engine.pool
+        if not isinstance(pool, FairPool | QueuePool) or not pool.checkedin():
+            return
+        try:
+            pooled = pool.connect()
+        except Exception:
+            return  # whoever needs one learns why
+        try:
+            if time.monotonic() - self._told.at > _TOLD:
+                self._ask(pooled.dbapi_connection)
+        finally:
+            pooled.close()
+        if self._overtaken:
+            self._overtaken = False
+            self._tell_of_everything("DDL of another program")
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
@@ -450,9 +524,9 @@ class Observation:
         transaction, autocommit = _transaction_of(connection.info), self._is_autocommit(connection)
         named = transaction.named
         self.finished(connection.info, sql, _count_of(cursor), autocommit=autocommit)
-        if named is None or autocommit or EVERYTHING not in named.facts.writes:
+        if named is None or autocommit or not transaction.writes:
             return
-        # Textual SQL may have been a COMMIT.
+        # Textual SQL may have been a COMMIT, and a driver may be in autocommit without SQLAlchemy's knowing.
         if is_idle(self.engine, connection.connection):
             with self._announced(transaction):
                 self._end(transaction)
@@ -514,6 +588,7 @@ class Observation:
             transaction = _transaction_of(_info_of(connection))
             if is_idle(self.engine, connection):
                 return
+            self._wrote_unseen(connection.dbapi_connection, transaction)
             try:
                 with self._announced(transaction):
                     self._asked_at = time.perf_counter()
@@ -532,6 +607,9 @@ class Observation:
     def _committing_prepared(self, commit: Callable[..., None]) -> Callable[..., None]:
         def do_commit_twophase(connection: Connection, *args: Any, **kwargs: Any) -> None:
             transaction = _transaction_of(connection.info)
+            if kwargs.get("recover"):
+                # It was prepared elsewhere, maybe by another process.
+                transaction.wrote(frozenset((self._everything,)), "COMMIT PREPARED")
             # What is prepared is not the connection's any more, which seems to be idle.
             with self._announced(transaction):
                 commit(connection, *args, **kwargs)
@@ -584,6 +662,26 @@ class Observation:
             transaction.reshapes = False
             self._forget()
 
+    def _taking_out(self, driver_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Have the driver's own connection counted as a reading and a write of which nothing is known: of COPY, say."""
+
+        def get_driver_connection(dbapi_connection: Any) -> Any:
+            if self._is_connected:
+                self._taken.add(id(dbapi_connection))
+                for collector in collectors():
+                    collector.unknown.append("the driver's own connection was taken, and what it is asked nobody sees")
+            return driver_of(dbapi_connection)
+
+        return get_driver_connection
+
+    def was_taken(self, pooled: PoolProxiedConnection) -> bool:
+        """Say whether somebody has the driver's own connection of a pooled one."""
+        return id(pooled.dbapi_connection) in self._taken
+
+    def _wrote_unseen(self, dbapi_connection: Any, transaction: _Transaction) -> None:
+        if id(dbapi_connection) in self._taken:
+            transaction.wrote(frozenset((self._everything,)), "what the driver's own connection was asked")
+
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
             context = current()
@@ -611,10 +709,14 @@ class Observation:
     def _checkin(self, dbapi_connection: Any, record: Any) -> None:
         if (leave := record.record_info.pop(_LEAVE, None)) is not None:
             leave()
+        if id(dbapi_connection) in self._taken:
+            self._taken.discard(id(dbapi_connection))
+            self._tell_of_everything("what the driver's own connection was asked")
         transaction = record.info.get(_KEY)
         if transaction is None:
             return
         self._end(transaction)
+        transaction.owner = None
         if transaction.relaxed and dbapi_connection is not None:
             transaction.relaxed = dbapi_connection.autocommit = False
 
@@ -644,10 +746,21 @@ class Observation:
             announced.clear()
             self._wait(to_the_end(told))
 
+    def _tell_of_everything(self, why: str) -> None:
+        """Tell of a write that was not seen, of which nobody knows more than that it is over."""
+        announced: Announced = []
+        self._announce(frozenset((self._everything,)), why, announced)
+        self._report(announced, Outcome.COMMITTED)
+
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self.engine.dialect.is_async:
             return await_only(coroutine)
         return _run_from_thread(coroutine, self.loop)
+
+
+def _in_a_task(look: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (method := look()) is not None:
+        start(greenlet_spawn(method))
 
 
 async def _tell(announced: Announced, outcome: Outcome) -> None:
@@ -661,7 +774,7 @@ async def _tell(announced: Announced, outcome: Outcome) -> None:
 def has_begun(connection: Connection) -> bool:
     """Say whether the database was asked for anything but plain reads since the last end of a transaction."""
     # A driver told so (PEP 249's way) opens one on SQLite for reads as well.
-    is_open = getattr(connection.connection.driver_connection, "in_transaction", False)
+    is_open = getattr(driver_of(connection.connection), "in_transaction", False)
     return is_open or _transaction_of(connection.info).began
 
 
@@ -674,13 +787,18 @@ _IDLE: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def driver_of(pooled: Any) -> Any:
+    """Return the driver's own connection of a pooled one, which is not told as taken out."""
+    return getattr(pooled.dbapi_connection, "driver_connection", pooled.dbapi_connection)
+
+
 def is_idle(engine: Engine, connection: Any) -> bool:
     """Say whether ending the transaction of a pooled connection would end nothing.
 
     With aiosqlite that would be a trip to its thread, and with psycopg one to its lock.
     """
     idle = _IDLE.get(engine.dialect.driver)
-    return idle is not None and idle(connection.driver_connection)
+    return idle is not None and idle(driver_of(connection))
 
 
 def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bool:
@@ -688,7 +806,9 @@ def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bo
     pool = engine.pool
     # A `QueuePool` closes one beyond its size as it comes back, and psycopg's is taken out of autocommit, which waits.
     kept = isinstance(pool, FairPool) or (isinstance(pool, QueuePool) and pool.overflow() <= 0)
-    return kept and "psycopg" not in engine.dialect.driver and pooled.is_valid and is_idle(engine, pooled)
+    observation = observation_of(engine)
+    is_seen = observation is None or not observation.was_taken(pooled)
+    return kept and is_seen and "psycopg" not in engine.dialect.driver and pooled.is_valid and is_idle(engine, pooled)
 
 
 _KEY = "overdrive"
@@ -708,6 +828,15 @@ def _info_of(connection: Any) -> dict[Any, Any]:
         return connection.info  # type: ignore[no-any-return]
     except NotImplementedError:
         return {}
+
+
+def lend(connection: Connection, owner: RequestContext | None) -> None:
+    """Note whose session has a connection: in a thread of an executor nobody else knows which request it is for."""
+    _transaction_of(connection.info).owner = owner
+
+
+def _readers(transaction: _Transaction) -> tuple[Reads, ...]:
+    return collectors() or (() if transaction.owner is None else (transaction.owner.reads,))
 
 
 def _collect(collector: Reads, tags: frozenset[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from overdrive.context import OF_ROWS
 
@@ -83,6 +83,30 @@ class Relation:
         return (self.name, qualified) if self.visible else (qualified,)
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A foreign key that changes its rows along with those it refers to.
+
+    child, parent: the relations that have it, and that it refers to.
+    columns, remote: names of their columns; `remote` is empty where it is not said.
+    on_delete: what becomes of its row: `delete`, `set` (its columns change) or None.
+    on_update: whether its columns change along.
+    """
+
+    child: int
+    parent: int
+    columns: frozenset[str]
+    remote: frozenset[str]
+    on_delete: Literal["delete", "set"] | None
+    on_update: bool
+
+    def follows(self, changed: Collection[str] | None) -> bool:
+        """Say whether its row is changed along; changed: columns of the other row, or None where that goes."""
+        if changed is None:
+            return self.on_delete is not None
+        return self.on_update and (not self.remote or not self.remote.isdisjoint(changed))
+
+
 class Meaning(NamedTuple):
     """What it means that a statement has a name.
 
@@ -103,11 +127,22 @@ class Meaning(NamedTuple):
 class Relations:
     """What a database had when it was asked.
 
+    references: the foreign keys among them.
+    writing: functions that may write, in lower case.
     folds: whether names are the same in capitals.
     """
 
-    def __init__(self, relations: Iterable[Relation], *, folds: bool = False) -> None:
+    def __init__(
+        self,
+        relations: Iterable[Relation],
+        references: Iterable[Reference] = (),
+        writing: Iterable[str] = (),
+        *,
+        folds: bool = False,
+    ) -> None:
         self._folds = folds
+        self._references = frozenset(references)
+        self.writing = frozenset(writing)
         self._relations = {each.oid: each for each in relations}
         self._visible: dict[str, list[Relation]] = {}
         self._named: dict[str, list[Relation]] = {}
@@ -137,6 +172,33 @@ class Relations:
             writes=frozenset(other for each in found for other in self._written(each)) - {name},
             unknown=next((f"{name} {why}" for _, why in unknowns if why), None),
             lacking=any(each.kind == "v" and each.view is None for each in found),
+        )
+
+    def changed_along(self, name: str, columns: Collection[str] | None) -> frozenset[str]:
+        """Return the names of what foreign keys change along with a table.
+
+        columns: those that are set in it; None where rows go.
+        """
+        seen: set[tuple[Reference, bool]] = set()
+        waiting = [(each.oid, columns) for each in self._found(name)]
+        while waiting:
+            parent, changed = waiting.pop()
+            for each in self._references:
+                step = each, changed is None
+                if each.parent == parent and step not in seen and each.follows(changed):
+                    seen.add(step)
+                    is_gone = changed is None and each.on_delete == "delete"
+                    waiting.append((each.child, None if is_gone else each.columns))
+        children = [self._relations[each.child] for each, _ in seen if each.child in self._relations]
+        related = [other for each in children for other in (each, *self._roots(each))]
+        return frozenset(name for each in related for name in each.names)
+
+    def holds(self, later: Relations) -> bool:
+        """Say whether whoever went by this has done what he would have done by what the database has `later`."""
+        return (
+            later.writing <= self.writing
+            and later._references <= self._references
+            and all(map(_is_as_before, self._relations.values(), map(later._relations.get, self._relations)))
         )
 
     def _unknown(self, relation: Relation) -> str | None:
@@ -189,6 +251,11 @@ class Relations:
             elif parent is not None:
                 roots[parent.oid] = parent
         return roots.values()
+
+
+def _is_as_before(relation: Relation, later: Relation | None) -> bool:
+    # The query of a view is not asked for at first.
+    return relation == later and (relation.view is None or relation.view == later.view)
 
 
 def translated(name: str, schemas: Mapping[str | None, str | None]) -> str:

@@ -136,6 +136,20 @@ def table_of(statement: Any) -> Any:
     return table
 
 
+def changes(statement: Any, keys: Iterable[str]) -> Iterator[tuple[str, frozenset[str] | None]]:
+    """Yield the table that a statement writes to with the names of the columns that it sets; None where rows go."""
+    table = table_of(statement)
+    if not isinstance(table, Table):
+        return
+    # SQLite's OR REPLACE deletes what is in the way.
+    if isinstance(statement, Delete) or statement._prefixes:
+        yield table.fullname, None
+    if isinstance(statement, Delete):
+        return
+    changed = _columns_set(statement, keys) if isinstance(statement, Update) else _columns_replaced(statement)
+    yield table.fullname, frozenset(table.c[key].name if key in table.c else key for key in changed)
+
+
 def changed_along(statement: Any, keys: Iterable[str]) -> frozenset[str]:
     """Return the tables whose rows the database changes along with what is written, by foreign keys."""
     table = table_of(statement)
@@ -144,11 +158,7 @@ def changed_along(statement: Any, keys: Iterable[str]) -> frozenset[str]:
     if isinstance(statement, Update):
         return frozenset(_updated_along(table, _columns_set(statement, keys), set()))
     if isinstance(statement, Insert):
-        upsert: Any = statement._post_values_clause
-        # SQLAlchemy 2.0 has pairs there.
-        set_: dict[Any, Any] = dict(getattr(upsert, "update_values_to_set", ()))
-        changed = {getattr(each, "key", each) for each in set_}
-        along = frozenset(_updated_along(table, changed, set()))
+        along = frozenset(_updated_along(table, _columns_replaced(statement), set()))
         # SQLite's OR REPLACE deletes what is in the way.
         return along | frozenset(_deleted_along(table, set())) if statement._prefixes else along
     return frozenset(_deleted_along(table, set()))
@@ -195,6 +205,14 @@ def _columns_set(statement: Update, keys: Iterable[str]) -> set[str]:
     # SQLAlchemy 2.0 keeps those of ordered_values() apart.
     given += [column for column, _ in getattr(statement, "_ordered_values", None) or ()]
     return {getattr(each, "key", each) for each in given}
+
+
+def _columns_replaced(statement: Any) -> set[str]:
+    """Return what an INSERT sets where its row is there already."""
+    upsert = getattr(statement, "_post_values_clause", None)
+    # SQLAlchemy 2.0 has pairs there.
+    set_: dict[Any, Any] = dict(getattr(upsert, "update_values_to_set", ()))
+    return {getattr(each, "key", each) for each in set_}
 
 
 def _is_aggregate(element: Any) -> bool:

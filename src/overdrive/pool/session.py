@@ -26,7 +26,7 @@ from . import direct
 from .closing import hang_up
 from .engine import capacity_of
 from .entity import KEY, entity_of, make
-from .observe import has_begun, returns_without_waiting
+from .observe import has_begun, lend, returns_without_waiting
 from .pool import FairPool, PoolTimeoutError
 from .tasks import to_the_end
 
@@ -40,6 +40,7 @@ _KEYS = (int, str, UUID)
 
 _ENDED = "overdrive_ended"
 _CONNECTIONS = "overdrive_connections"
+_OWNER = "overdrive_owner"
 #: Where a class of sessions keeps who listens to all of them.
 _HEARD = "overdrive_heard"
 
@@ -86,7 +87,9 @@ class Sessions:
 
     def open(self) -> AsyncSession:
         """Return a new session, which takes a connection with its first statement."""
-        return self._maker(**self._options)
+        session = self._maker(**self._options)
+        session.info[_OWNER] = current()
+        return session
 
     @contextlib.contextmanager
     def bound_to(self, connection: AsyncConnection) -> Iterator[None]:
@@ -134,7 +137,9 @@ class SyncSessions:
 
     def open(self) -> Session:
         """Return a new session, which takes a connection with its first statement."""
-        return self._maker(**self._options)
+        session = self._maker(**self._options)
+        session.info[_OWNER] = current()
+        return session
 
     async def admitted(self) -> Callable[[], None]:
         """Wait until the pool has a connection to spare for one more request; return what gives the place back.
@@ -215,6 +220,7 @@ def _refuse_after_end(session: Session, transaction: SessionTransaction) -> None
 
 def _note_connection(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
     session.info.setdefault(_CONNECTIONS, []).append(connection)
+    lend(connection, session.info.get(_OWNER))
 
 
 def _ends_without_waiting(session: Session) -> bool:

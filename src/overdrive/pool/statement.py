@@ -139,6 +139,7 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 _FIRST_WORD = re.compile(r"\s*([a-z]+)", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
 #: What makes a text that begins by reading do more: another statement after it, or that it is explained by doing it.
 _AND_MORE = re.compile(r";\s*\S|^\s*explain\b.*\banaly[sz]e\b", re.IGNORECASE | re.DOTALL)
 #: Names and strings, but none of the names by which SQL calls functions.
@@ -159,6 +160,8 @@ class Facts:
     scattered: tables of which other rows are written, or nobody knows which, than new ones.
     reshapes: whether names may mean something else after it.
     temporary: names that stand for temporary tables after it, on its connection.
+    words: what is in its text, in lower case, where it may call functions that write.
+    changes: of each table written, the columns that are set in rows there are; None where rows go.
     """
 
     reads: frozenset[str]
@@ -170,6 +173,8 @@ class Facts:
     scattered: frozenset[str] = frozenset()
     reshapes: bool = False
     temporary: frozenset[str] = frozenset()
+    words: frozenset[str] = frozenset()
+    changes: tuple[tuple[str, frozenset[str] | None], ...] = ()
 
     @property
     def names_read(self) -> frozenset[str]:
@@ -204,8 +209,13 @@ def _facts_of_text(sql: str) -> Facts:
     writes = everything if _may_write(sql) else frozenset[str]()
     temporary = frozenset(_name_of(found) for found in _TEMPORARY.finditer(sql))
     reshapes = bool(writes) and _RESHAPING.search(sql) is not None
+    words = frozenset[str]() if writes else _words(sql)
     unknown = "textual SQL names no tables"
-    return Facts(everything, writes, unknown, plain=False, reshapes=reshapes, temporary=temporary)
+    return Facts(everything, writes, unknown, plain=False, reshapes=reshapes, temporary=temporary, words=words)
+
+
+def _words(sql: str) -> frozenset[str]:
+    return frozenset(_WORD.findall(sql.lower()))
 
 
 def _name_of(found: re.Match[str]) -> str:
@@ -239,14 +249,25 @@ def _facts_of_compiled(compiled: Any, sql: str) -> Facts:
     if not any(isinstance(element, UpdateBase) for element in elements):
         rows_read = rows.rows_read(final, sent, names)
         reads -= {each.table for each in rows_read}
-        return Facts(reads, frozenset(), unknown, plain=not (unknown or locking), rows_read=rows_read)
+        words = _words(sql) if unknown else frozenset[str]()
+        return Facts(reads, frozenset(), unknown, plain=not (unknown or locking), rows_read=rows_read, words=words)
 
     written = [element for element in sent if isinstance(element, UpdateBase)]
     writes = frozenset(name for element in written for name in _table_names(visitors.iterate(element.table)))
     along = frozenset(name for element in written for name in rows.changed_along(element, keys))
     rows_written = rows.rows_written(final, names, keys) if len(written) == 1 else None
     scattered = along if rows_written is not None or all(map(_only_adds, written)) else writes | along
-    return Facts(reads, writes | along, unknown, plain=False, rows_written=rows_written, scattered=scattered)
+    return Facts(
+        reads,
+        writes | along,
+        unknown,
+        plain=False,
+        rows_written=rows_written,
+        scattered=scattered,
+        # What columns have for defaults is not among the elements.
+        words=_words(sql),
+        changes=tuple(change for element in written for change in rows.changes(element, keys)),
+    )
 
 
 def _may_write_anything(element: Any) -> bool:
