@@ -114,9 +114,9 @@ class Trust:
 
     def counts(self) -> dict[str, int]:
         """Return what was counted, by name; a reason of `bypassed` as `bypassed.reason`."""
-        return {name: getattr(self, name) for name in _COUNTS} | {
-            f"bypassed.{reason}": count for reason, count in self.bypassed.items()
-        }
+        # Another thread may read them while requests are counted.
+        bypassed = list(self.bypassed.items())
+        return {name: getattr(self, name) for name in _COUNTS} | {f"bypassed.{why}": count for why, count in bypassed}
 
 
 _COUNTS = (
