@@ -7,7 +7,6 @@ import asyncio
 import inspect
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -30,7 +29,7 @@ from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings
+from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings, workers
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
@@ -446,7 +445,7 @@ def refuse_lone_key(site: Site) -> None:
     """
     model = page_model(site)
     walked = model is not None and model.style == "cursor"
-    several = "gunicorn.arbiter" in sys.modules or os.environ.get("WEB_CONCURRENCY", "1") != "1"
+    several = "gunicorn.arbiter" in sys.modules or workers() > 1
     if walked and several and parent_process() is None:
         raise ConfigurationError(
             f"{site.name} has cursors, and each worker here would sign them with a key of its own, which the others "

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from hashlib import blake2b
 
+from overdrive.config import workers
+
 from .entry import Entry, Instant
 from .store import Found, MemoryStore
 from .tags import CALL, TENANT
@@ -158,8 +160,7 @@ class LoneStore(MemoryStore):
     def __init__(self, max_bytes: int | None, databases: Iterable[str]) -> None:
         super().__init__(max_bytes)
         self._neighbours = [neighbours(name) for name in databases]
-        workers = os.environ.get("WEB_CONCURRENCY", "")
-        self._is_one_of_several = workers.isdecimal() and int(workers) > 1
+        self._is_one_of_several = workers() > 1
         self._is_alone = not self._is_one_of_several
         #: Who may be there, and what each has said at the last look.
         self._alone_since = self._unknown()
