@@ -27,7 +27,7 @@ from .config import workers
 from .endpoint import CACHED
 from .errors import ConfigurationError
 from .inspection import treatment, verdict
-from .installer import Installation
+from .installer import Installation, installed_on
 from .pages import PROCESS_KEY
 from .pool.explain import on_connection
 from .pool.pool import FairPool
@@ -66,9 +66,7 @@ async def set_up(app: FastAPI) -> Setup:
 
     Raises `ConfigurationError` for an app that has neither `Overdrive(app)` nor `add_pagination(app)`.
     """
-    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
-    if installation is None:
-        raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
+    installation = installed_on(app)
     every, overdrive = list(sites(app)), installation.runtime
     sizes, findings = list[str](), list[str]()
     if overdrive is not None:

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from .errors import ConfigurationError
-from .installer import Installation
+from .installer import Installation, installed_on
 from .pagination.index import Index, index_for
 from .pool.explain import (
     Sent,
@@ -120,9 +120,7 @@ async def examine(
     Raises `ConfigurationError` where the app does not start, has neither `Overdrive(app)` nor `add_pagination(app)`,
     or no route has one of the parameters.
     """
-    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
-    if installation is None:
-        raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
+    installation = installed_on(app)
     report = Report()
     async with read_only(), started(app, installation) as state:
         found = [site for site in sites(app) if "GET" in (site.route.methods or ()) and page_model(site)]
