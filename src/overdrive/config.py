@@ -257,12 +257,6 @@ class Settings(BaseSettings):
             raise ConfigurationError("; ".join(map(_complaint, error.errors()))) from None
 
 
-def workers() -> int:
-    """Return how many workers uvicorn and gunicorn start where nobody tells them: WEB_CONCURRENCY, or 1."""
-    said = os.environ.get("WEB_CONCURRENCY", "")
-    return max(1, int(said)) if said.isdecimal() else 1
-
-
 def _variables(model: type[BaseModel], prefix: str = _PREFIX) -> Iterator[str]:
     """Name every variable that is read; a part as a whole, `OVERDRIVE_POOL`, is none."""
     for name, field in model.model_fields.items():

@@ -23,7 +23,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from .app import Overdrive
 from .cache.store import StoreUnavailable
 from .caching import key_plan
-from .config import workers
 from .endpoint import CACHED
 from .errors import ConfigurationError
 from .inspection import treatment, verdict
@@ -32,6 +31,7 @@ from .pages import PROCESS_KEY
 from .pool.explain import on_connection
 from .pool.pool import FairPool
 from .routes import Site, page_model, sites
+from .workers import workers
 
 _OURS = ("Observer", "RequestPath")
 

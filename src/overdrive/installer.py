@@ -29,7 +29,7 @@ from .cache.cache import Cache
 from .cache.key import KeyPlan, Shortcuts
 from .cache.trust import Trust, is_known, template_of
 from .caching import Known, KnownRequests, cache_route, check_replaced_call, declared_names
-from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings, workers
+from .config import AdmissionSettings, CacheSettings, LogSettings, PaginationSettings
 from .context import RequestContext
 from .endpoint import CACHED, Mark, RequestSession, SyncRequestSession
 from .errors import ConfigurationError, OverloadedError, RequestError
@@ -49,6 +49,7 @@ from .routes import (
     sites,
     works,
 )
+from .workers import workers
 
 if TYPE_CHECKING:
     from .app import Overdrive

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from hashlib import blake2b
 
-from overdrive.config import workers
+from overdrive.workers import workers
 
 from .entry import Entry, Instant
 from .store import Found, MemoryStore

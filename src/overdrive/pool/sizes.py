@@ -9,8 +9,8 @@ from weakref import WeakSet
 
 from sqlalchemy import Engine, event
 
-from overdrive.config import workers
 from overdrive.errors import ConfigurationError
+from overdrive.workers import workers
 
 from .pool import FairPool
 
