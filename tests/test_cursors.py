@@ -128,8 +128,9 @@ def test_workers_with_a_key_each_are_refused_at_start(sqlite_url: str) -> None:
 
 def test_one_worker_needs_no_secret(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start(served(sqlite_url)[0])
-    monkeypatch.setenv("WEB_CONCURRENCY", "1")
-    start(served(sqlite_url)[0])
+    for workers in ("1", "", "some"):
+        monkeypatch.setenv("WEB_CONCURRENCY", workers)
+        start(served(sqlite_url)[0])
     start(add_pagination(FastAPI()))
 
 

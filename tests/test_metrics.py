@@ -30,7 +30,7 @@ from support import Item, client, eventually, tables
 from overdrive import CursorPage, LogHandler, Overdrive, SessionDep, cached, paginate
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.numbers import BOUNDS, Histogram
-from overdrive.metrics import METRICS, Exporter, Reading, prometheus_name
+from overdrive.metrics import METRICS, Exporter, Reading, of_cache, prometheus_name
 
 pytestmark = pytest.mark.anyio
 
@@ -265,6 +265,20 @@ async def test_each_part_tells_its_numbers(postgres_url: str, redis_url: str, tm
         *(f"overdrive_admission_{name}" for name in gates),
         "overdrive_pages_total",
     }
+
+
+async def test_what_is_counted_while_it_is_read_disturbs_nobody(sqlite_url: str) -> None:
+    """OpenTelemetry reads in a thread of its own."""
+    async with serving(sqlite_url) as service:
+        await service.http.get("/names/1")
+        (trust,) = service.overdrive.cache.ledger.routes.values()
+        trust.bypassed |= {"off": 1, "wrote": 1}
+        names = []
+        for reading in of_cache(service.overdrive.cache):
+            names.append(reading.name)
+            if reading.name == "overdrive.cache.bypassed":
+                trust.bypassed["status"] += 1
+        assert names.count("overdrive.cache.bypassed") == 2
 
 
 async def test_alone_nobody_is_heard_of(sqlite_url: str) -> None:

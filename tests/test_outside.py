@@ -95,6 +95,16 @@ async def changed(service: Service, path: str, before: Any) -> Any:
     raise AssertionError(f"{path} is still {before}")
 
 
+async def test_an_app_that_starts_again_in_its_loop_hears_again(database: str) -> None:
+    install(database)
+    async with listening(database) as service:
+        await service.overdrive.aclose()
+        assert service.overdrive.cache.invalidator.is_deaf
+        service.overdrive.installation.started()
+        await eventually(lambda: not service.overdrive.cache.invalidator.is_deaf)
+        assert await service.marks("/names", "/names") == ["miss", "hit"]
+
+
 @DRIVERS
 @VIAS
 async def test_a_write_of_psql_is_seen(database: str, driver: str, via: Via) -> None:

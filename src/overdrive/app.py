@@ -100,6 +100,7 @@ class Overdrive:
         self.sources: dict[str, Callable[[], Mapping[str, Any]]] = {"admission": self.admission.statistics}
         self._exporter: Exporter | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
         self._observations: list[Observation] = []
 
         if sessionmaker is not None and engine is None:
@@ -225,10 +226,11 @@ class Overdrive:
         return self.installation.layers()
 
     def enter_loop(self) -> None:
-        """Note the running loop; connections of one that has closed (a test's) are left behind with it."""
+        """Serve in the running loop; connections of one that has closed (a test's) are left behind with it."""
         loop = asyncio.get_running_loop()
-        if loop is self.loop:
+        if loop is self.loop and not self._is_closed:
             return
+        self._is_closed = False
         if self.loop is not None and self.loop.is_closed():
             for engine in self.engines.values():
                 engine.sync_engine.dispose(close=False)
@@ -244,7 +246,8 @@ class Overdrive:
             self._exporter.keep_writing()
 
     async def aclose(self) -> None:
-        """Close what Overdrive has opened, and write what is logged from now on at once."""
+        """Close what Overdrive has opened, and write what is logged from now on at once; the app may start up again."""
+        self._is_closed = True
         await self.cache.refreshes.aclose()
         for listener in self._listeners:
             await listener.aclose()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -27,11 +26,12 @@ from .caching import key_plan
 from .endpoint import CACHED
 from .errors import ConfigurationError
 from .inspection import treatment, verdict
-from .installer import Installation
+from .installer import Installation, installed_on
 from .pages import PROCESS_KEY
 from .pool.explain import on_connection
 from .pool.pool import FairPool
 from .routes import Site, page_model, sites
+from .workers import workers
 
 _OURS = ("Observer", "RequestPath")
 
@@ -66,9 +66,7 @@ async def set_up(app: FastAPI) -> Setup:
 
     Raises `ConfigurationError` for an app that has neither `Overdrive(app)` nor `add_pagination(app)`.
     """
-    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
-    if installation is None:
-        raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
+    installation = installed_on(app)
     every, overdrive = list(sites(app)), installation.runtime
     sizes, findings = list[str](), list[str]()
     if overdrive is not None:
@@ -140,26 +138,21 @@ def _makes_sessions(call: Any) -> bool:
 # Workers
 
 
-def _workers() -> int:
-    told = os.environ.get("WEB_CONCURRENCY", "")
-    return max(1, int(told)) if told.isdecimal() else 1
-
-
 def _of_workers(installation: Installation, every: Iterable[Site]) -> Iterator[str]:
-    workers = _workers()
-    if workers == 1:
+    number = workers()
+    if number == 1:
         return
     marked = [site.name for site in every if hasattr(site.route.endpoint, CACHED)]
     runtime = installation.runtime
     if marked and runtime is not None and runtime.settings.redis_url is None:
         yield (
-            f"{workers} workers (WEB_CONCURRENCY) without a Redis hear of no other's writes, so nothing that reads a "
+            f"{number} workers (WEB_CONCURRENCY) without a Redis hear of no other's writes, so nothing that reads a "
             f"database is cached, on {_some(marked)}: OVERDRIVE_REDIS_URL=redis://..."
         )
     walked = [site.name for site in every if (model := page_model(site)) is not None and model.style == "cursor"]
     if walked and PROCESS_KEY in installation.cursor_keys:
         yield (
-            f"{workers} workers (WEB_CONCURRENCY) sign cursors with a key that ends with their server, on "
+            f"{number} workers (WEB_CONCURRENCY) sign cursors with a key that ends with their server, on "
             f"{_some(walked)}: OVERDRIVE_PAGINATION__SECRETS=<32 random bytes, as text>"
         )
 
@@ -170,11 +163,11 @@ def _of_workers(installation: Installation, every: Iterable[Site]) -> Iterator[s
 async def _sizes(overdrive: Overdrive) -> AsyncIterator[tuple[str, list[str]]]:
     """Set what all workers' pools may come to against what PostgreSQL allows."""
     for name, engine in overdrive.engines.items():
-        pool, workers = engine.pool, _workers()
+        pool, number = engine.pool, workers()
         if not isinstance(pool, FairPool) or engine.dialect.name != "postgresql":
             continue
-        wanted = workers * pool.capacity
-        size = f"{name}: {workers} worker{'s' * (workers > 1)} x {pool.capacity} connections = {wanted}"
+        wanted = number * pool.capacity
+        size = f"{name}: {number} worker{'s' * (number > 1)} x {pool.capacity} connections = {wanted}"
         try:
             allowed, limit = await on_connection(engine.sync_engine, _allowed)
         except (SQLAlchemyError, OSError) as error:
@@ -183,7 +176,7 @@ async def _sizes(overdrive: Overdrive) -> AsyncIterator[tuple[str, list[str]]]:
         finally:
             await engine.dispose()
         size = f"{size} of {allowed} (max_connections {limit}, {limit - allowed} reserved)"
-        fits = max(1, allowed // workers)
+        fits = max(1, allowed // number)
         cure = (
             f"the pools of {name} may want {wanted} connections of {allowed}: OVERDRIVE_POOL__SIZE and "
             f"OVERDRIVE_POOL__MAX_OVERFLOW together at most {fits}, or a max_connections of "

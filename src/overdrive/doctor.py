@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from .errors import ConfigurationError
-from .installer import Installation
+from .installer import Installation, installed_on
 from .pagination.index import Index, index_for
 from .pool.explain import (
     Sent,
@@ -120,9 +120,7 @@ async def examine(
     Raises `ConfigurationError` where the app does not start, has neither `Overdrive(app)` nor `add_pagination(app)`,
     or no route has one of the parameters.
     """
-    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
-    if installation is None:
-        raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
+    installation = installed_on(app)
     report = Report()
     async with read_only(), started(app, installation) as state:
         found = [site for site in sites(app) if "GET" in (site.route.methods or ()) and page_model(site)]
@@ -237,6 +235,28 @@ def _tried(connection: Connection, pages: Sequence[Sent], index: Index) -> tuple
 # A request
 
 
+def scope_of(
+    method: str, path: str, raw_path: str, query: str, headers: Mapping[str, str], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the scope of a request that is sent into an app in this process."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        # An app that redirects to https would answer nothing else.
+        "scheme": "https",
+        "path": path,
+        "raw_path": raw_path.encode(),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 443),
+        "state": dict(state),
+    }
+
+
 class _Client:
     """Sends GET requests to an app in this process.
 
@@ -251,24 +271,8 @@ class _Client:
 
     async def get(self, path: str, query: Sequence[tuple[str, str]], headers: Mapping[str, str]) -> Mapping[str, Any]:
         """Return the JSON object of the answer; raises `_UnexaminedError` for every other answer."""
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": "GET",
-            # An app that redirects to https would answer nothing else.
-            "scheme": "https",
-            "path": path,
-            "raw_path": quote(path).encode(),
-            "query_string": urlencode(query).encode(),
-            "root_path": "",
-            "headers": [
-                (name.lower().encode(), value.encode()) for name, value in {**self._headers, **headers}.items()
-            ],
-            "client": ("127.0.0.1", 1),
-            "server": ("localhost", 443),
-            "state": dict(self._state),
-        }
+        sent = {**self._headers, **headers}
+        scope = scope_of("GET", path, quote(path), urlencode(query), sent, self._state)
         status, body = 0, b""
 
         async def receive() -> dict[str, Any]:

@@ -23,7 +23,7 @@ from .cache.store import PENDING, MemoryStore, StoreUnavailable
 from .cache.trust import hits, is_off, requests
 from .caching import identities, key_plan
 from .context import current
-from .doctor import started, told
+from .doctor import scope_of, started, told
 from .endpoint import CACHED, Mark, RequestSession, SessionFactory, SyncRequestSession, SyncSessionFactory
 from .errors import ConfigurationError
 from .installer import Installation, refuse_misuse, trust_of
@@ -244,22 +244,8 @@ class _Reached:
 def _scope(method: str, address: str, headers: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, Any]:
     path, _, query = address.partition("?")
     given = {"host": "localhost"} | {name.lower(): value for name, value in headers.items()}
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": "1.1",
-        "method": method,
-        # An app that redirects to https would answer nothing else.
-        "scheme": "https",
-        "path": unquote(path),
-        "raw_path": quote(path, safe="/%").encode(),
-        "query_string": quote(query, safe="=&%+,;:/?@!$'()*[]").encode(),
-        "root_path": "",
-        "headers": [(name.encode(), value.encode()) for name, value in given.items()],
-        "client": ("127.0.0.1", 1),
-        "server": ("localhost", 443),
-        "state": dict(state),
-    }
+    raw_query = quote(query, safe="=&%+,;:/?@!$'()*[]")
+    return scope_of(method, unquote(path), quote(path, safe="/%"), raw_query, given, state)
 
 
 async def _send(app: FastAPI, scope: dict[str, Any], reached: _Reached) -> int | str:

@@ -6,7 +6,6 @@ Of the app, `build_middleware_stack`, `user_middleware` and `openapi` are touche
 import asyncio
 import inspect
 import logging
-import os
 import re
 import sys
 import time
@@ -49,6 +48,7 @@ from .routes import (
     sites,
     works,
 )
+from .workers import workers
 
 if TYPE_CHECKING:
     from .app import Overdrive
@@ -117,13 +117,13 @@ class Installation:
         self._prepared: dict[int, Any] = {}
         #: By the same: what the responses of a route that is marked are kept by, or why they are not.
         self.plans: dict[int, KeyPlan | str] = {}
-        #: By the id of an endpoint: it need not be hashable.
-        self._templates: dict[int, list[tuple[re.Pattern[str], str]]] = {}
-        #: The ids of the dependants of cached routes; and all routes in their order.
+        #: The ids of the dependants of cached routes.
         self.cached: set[int] = set()
+        #: All routes in their order, and by the id of their endpoint: it need not be hashable.
         self._served: list[Served] = []
         #: By method, what finds the route of a path.
         self._finders: dict[str, Callable[[str], Served | None]] = {}
+        self._by_endpoint: dict[int, list[Served]] = {}
         self._build_stack = app.build_middleware_stack
         self._openapi = app.openapi
         app.build_middleware_stack = self._stack  # type: ignore[method-assign]
@@ -209,10 +209,10 @@ class Installation:
 
         asked: the scope as it came: a mount changes its root path.
         """
-        templates = self._templates.get(id(scope.get("endpoint")), ())
-        for pattern, template in templates:
-            if len(templates) == 1 or pattern.fullmatch(_path_of(asked)):
-                return template
+        routes = self._by_endpoint.get(id(scope.get("endpoint")), ())
+        for route in routes:
+            if len(routes) == 1 or route.addresses.fullmatch(_path_of(asked)):
+                return route.template
         return getattr(scope.get("route"), "path", None)
 
     def known(self, scope: Any, tenant: str | None) -> Known | None:
@@ -323,6 +323,9 @@ class Installation:
             method: _finder([route for route in self._served if method in route.methods])
             for method in {method for route in self._served for method in route.methods}
         }
+        self._by_endpoint = {}
+        for route in self._served:
+            self._by_endpoint.setdefault(id(route.endpoint), []).append(route)
         for mounted in {site.app for site in found if site.app is not self.app}:
             _answer_errors(mounted)
         self._complain_of_unknown_names()
@@ -337,8 +340,6 @@ class Installation:
                 logger.warning("OVERDRIVE_CACHE__OFF: no cached route is called %s", name)
 
     def _prepare(self, site: Site) -> None:
-        served = self._templates.setdefault(id(site.route.endpoint), [])
-        served.append((compile_path(site.template)[0], site.template))
         if isinstance(site.route.original_route, APIWebSocketRoute):
             return
         if (envelope := page_model(site)) is not None and works(check_added_dependency):
@@ -375,6 +376,14 @@ class Installation:
                     cache.ledger.routes[site.name] = trust
             except Exception:
                 logger.exception("%s is marked @cached but is not cached: its declaration could not be read", site.name)
+
+
+def installed_on(app: FastAPI) -> Installation:
+    """Return what is installed on an app; raises `ConfigurationError` where nothing is."""
+    installation: Installation | None = getattr(app.state, "overdrive_installation", None)
+    if installation is None:
+        raise ConfigurationError("the app has no Overdrive: call Overdrive(app) or add_pagination(app)")
+    return installation
 
 
 def _path_of(scope: Any) -> str:
@@ -479,7 +488,7 @@ def refuse_lone_key(site: Site) -> None:
     """
     model = page_model(site)
     walked = model is not None and model.style == "cursor"
-    several = "gunicorn.arbiter" in sys.modules or os.environ.get("WEB_CONCURRENCY", "1") != "1"
+    several = "gunicorn.arbiter" in sys.modules or workers() > 1
     if walked and several and parent_process() is None:
         raise ConfigurationError(
             f"{site.name} has cursors, and each worker here would sign them with a key of its own, which the others "

@@ -6,11 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import msgspec
 from sqlalchemy import BindParameter, Engine, Executable
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -18,6 +16,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 
 from .cache.cache import Cache
 from .cache.entry import Entry, Instant
+from .cache.key import digest
 from .cache.store import StoreUnavailable
 from .cache.tags import tag_of_tenant
 from .cache.values import told
@@ -105,7 +104,7 @@ class ListKeeper:
             values = [told(_processed(self.engine, bind, query.parameters.get(name))) for name, bind in sent.binds]
         except ConfigurationError:
             return None
-        name = _digest((self.observation.name, sent.sql, values))
+        name = digest((self.observation.name, sent.sql, values))
         self.facts[name] = sent.facts
         return name
 
@@ -148,7 +147,7 @@ class ListKeeper:
         await self.cache.keep(self._key(name), _FORM, instant, tags, ttl, headers=[], body=body, flight=None)
 
     def _key(self, name: str) -> str:
-        return f"list:{_digest((name, self.context.tenant))}"
+        return f"list:{digest((name, self.context.tenant))}"
 
     def _left(self, entry: Entry) -> float:
         # With a life of its own, each addition would have what nobody heard of being written live on.
@@ -193,7 +192,3 @@ def _processed(engine: Engine, bind: BindParameter[Any], value: Any) -> Any:
     if process is None:
         return value
     return [process(each) for each in value] if bind.expanding else process(value)
-
-
-def _digest(parts: Any) -> str:
-    return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()

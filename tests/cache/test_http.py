@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overdrive.cache import http
+from overdrive.cache.fields import combine, delta_seconds, directives, http_date
 from overdrive.cache.http import Header, Stored, Target, Worth
 
 NOW = 1_800_000_000.0
@@ -21,7 +22,7 @@ def date(offset: float = 0) -> bytes:
 
 def fields(text: str) -> dict[bytes, bytes]:
     """Read lines of `Name: value`."""
-    return http.combine(headers(text))
+    return combine(headers(text))
 
 
 def headers(text: str) -> list[Header]:
@@ -58,14 +59,14 @@ def stored(text: str = "Cache-Control: max-age=60", *, request: str = "", status
     ],
 )
 def test_directives(value: bytes, read: dict[bytes, bytes | None]) -> None:
-    assert http.directives(value) == read
+    assert directives(value) == read
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='a=,"\\ -', max_size=40).map(str.encode))
 def test_any_bytes_can_be_read(value: bytes) -> None:
-    assert all(name == name.strip().lower() for name in http.directives(value))
-    http.delta_seconds(value)
-    http.http_date(value, NOW)
+    assert all(name == name.strip().lower() for name in directives(value))
+    delta_seconds(value)
+    http_date(value, NOW)
     http.may_be_stored({}, 200, {b"cache-control": value, b"vary": value, b"connection": value})
     response = http.stored({}, 200, [(b"cache-control", b"max-age=1"), (b"etag", value)], requested=NOW, received=NOW)
     assert response is not None
@@ -74,8 +75,8 @@ def test_any_bytes_can_be_read(value: bytes) -> None:
 
 
 def test_quotes_that_never_close_cost_no_more_than_their_length() -> None:
-    assert len(http.directives(b'"\\' * 50_000)) == 1
-    assert http.directives(b'x="' + b"\\" * 100_001)
+    assert len(directives(b'"\\' * 50_000)) == 1
+    assert directives(b'x="' + b"\\" * 100_001)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_quotes_that_never_close_cost_no_more_than_their_length() -> None:
     ],
 )
 def test_seconds(value: bytes | None, seconds: int | None) -> None:
-    assert http.delta_seconds(value) == seconds
+    assert delta_seconds(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -129,12 +130,12 @@ def test_seconds(value: bytes | None, seconds: int | None) -> None:
     ],
 )
 def test_dates(value: bytes | None, moment: float | None) -> None:
-    assert http.http_date(value, NOW) == moment
+    assert http_date(value, NOW) == moment
 
 
 @given(st.integers(0, 250_000_000_000))
 def test_every_date_is_read_back(moment: int) -> None:
-    assert http.http_date(formatdate(moment, usegmt=True).encode(), NOW) == moment
+    assert http_date(formatdate(moment, usegmt=True).encode(), NOW) == moment
 
 
 # Storing

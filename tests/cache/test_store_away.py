@@ -25,6 +25,7 @@ from support import Item, call
 
 from overdrive import ConfigurationError, SessionDep, cached
 from overdrive.cache.cache import Cache
+from overdrive.cache.link import Link
 from overdrive.cache.redis import RedisStore
 from overdrive.cache.store import StoreUnavailable
 from overdrive.demo import servers
@@ -305,7 +306,9 @@ Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
 
 
 @asynccontextmanager
-async def pretending(answer: Callable[[Reader, Writer], Awaitable[None]]) -> AsyncIterator[RedisStore]:
+async def pretending(
+    answer: Callable[[Reader, Writer], Awaitable[None]], max_bytes: int = 0
+) -> AsyncIterator[RedisStore]:
     """A store on a server that does as `answer` does, after it has greeted."""
 
     async def serve(reader: Reader, writer: Writer) -> None:
@@ -315,15 +318,41 @@ async def pretending(answer: Callable[[Reader, Writer], Awaitable[None]]) -> Asy
             await reader.readuntil(b"TIME\r\n")
             writer.write(b"$-1\r\n*2\r\n$1\r\n1\r\n$1\r\n1\r\n")
             await reader.readuntil(b"ZCARD")
-            writer.write(b"*3\r\n:1\r\n:1\r\n:1\r\n")
+            writer.write(b"*5\r\n:1\r\n:1\r\n:1\r\n*0\r\n*0\r\n")
             await answer(reader, writer)
             await reader.read()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", "test")
+        store = RedisStore(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", "test", max_bytes)
         yield store
         await store.aclose()
+
+
+async def test_a_server_that_hangs_up_when_it_is_to_push_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"HELLO")
+        writer.close()
+
+    async with pretending(answer, max_bytes=1_000_000) as store:
+        for _ in range(3):
+            assert len(await crowd(store, 5)) == 5
+        assert store.opened == 1
+    assert [record.getMessage() for record in caplog.records if "answers again" in record.message] == []
+
+
+async def test_a_connection_that_is_gone_says_so_at_once() -> None:
+    async def answer(reader: Reader, writer: Writer) -> None:
+        await reader.read()
+
+    async with pretending(answer) as store:
+        link = store._link()
+        assert isinstance(link, Link)
+        connection = await store._address.connect(link)
+        connection.close("gone")
+        reply = await asyncio.wait_for(connection.ask("PING"), 5)
+        assert str(reply) == "gone"
+        await connection.closed
 
 
 async def test_the_pauses_grow() -> None:

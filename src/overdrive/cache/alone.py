@@ -19,6 +19,8 @@ from contextlib import suppress
 from hashlib import blake2b
 from weakref import WeakSet
 
+from overdrive.workers import workers
+
 from .entry import Entry, Instant
 from .store import Found, MemoryStore
 from .tags import CALL, TENANT
@@ -163,8 +165,7 @@ class LoneStore(MemoryStore):
         self._neighbours = [neighbours(name) for name in databases]
         for each in self._neighbours:
             each.stores.add(self)
-        workers = os.environ.get("WEB_CONCURRENCY", "")
-        self._is_one_of_several = workers.isdecimal() and int(workers) > 1
+        self._is_one_of_several = workers() > 1
         self._is_alone = not self._is_one_of_several
         #: Who may be there, and what each has said at the last look.
         self._alone_since = self._unknown()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from . import http
 from .conditional import Header
-from .http import Fields, Stored, Target, Worth
+from .fields import Directives, Fields, combine, delta_seconds
+from .http import Stored, Target, Worth
 from .memory import Memory
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class CacheMiddleware:
         headers = scope["headers"]
         fields: Fields = dict(headers)
         if len(fields) != len(headers):
-            fields = http.combine(headers)
+            fields = combine(headers)
         target = _target(scope, fields)
         method = scope["method"]
         if method not in ("GET", "HEAD"):
@@ -186,7 +187,7 @@ class CacheMiddleware:
         else:
             await _Fill(self, target, fields, found, reason, send).run(scope, receive)
 
-    def _judge(self, target: Target, fields: Fields, wishes: http.Directives) -> tuple[Stored | None, Worth]:
+    def _judge(self, target: Target, fields: Fields, wishes: Directives) -> tuple[Stored | None, Worth]:
         found = self._find(target, fields)
         return found, Worth.STALE if found is None else http.worth(found, wishes, self.clock())
 
@@ -402,7 +403,7 @@ class _Fill:
             await self._validated(found, headers)
             return
         self._start = message
-        self._length = http.delta_seconds(http.combine(headers).get(b"content-length"))
+        self._length = delta_seconds(combine(headers).get(b"content-length"))
         if not self._settled.done() and not message.get("trailers") and (self._length or 0) <= cache.max_body:
             self._response = cache._storable(self._fields, status, headers, self._requested)
         if self._response is None:

@@ -75,7 +75,8 @@ class Connection(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._excuses = 0
-        self._closing = False
+        #: Why it is gone; None while it is there.
+        self._gone: str | None = None
         #: Whether Redis owes an answer for longer than a look-up waits for one.
         self.late = False
         self.closed: asyncio.Future[None] = self._loop.create_future()
@@ -100,7 +101,10 @@ class Connection(asyncio.Protocol):
         return replies
 
     def send(self, command: tuple[str | int | bytes, ...], deliver: Callable[[Any], None], *, patient: bool) -> None:
-        """Send a command."""
+        """Send a command; on a connection that is gone it fails at once."""
+        if self._gone is not None:
+            deliver(StoreUnavailable(self._gone))
+            return
         now = self._loop.time()
         self._trips.append(_Trip(now, deliver, patient))
         if self._watch is None:
@@ -134,9 +138,9 @@ class Connection(asyncio.Protocol):
 
     def close(self, why: str) -> None:
         """Drop the socket, and fail what still waits."""
-        if self._closing:
+        if self._gone is not None:
             return
-        self._closing = True
+        self._gone = why
         if self._watch is not None:
             self._watch.cancel()
         self._transport.abort()

@@ -13,8 +13,9 @@ from overdrive.context import RequestContext
 from .coding import accepts_gzip, gzipped, is_worth_it
 from .conditional import Header, held_tag, not_modified, with_etag
 from .entry import Entry, Form, Instant, State
+from .fields import combine
 from .flight import Flight, Landed, Landing
-from .http import combine, is_error, kept
+from .http import is_error, kept
 from .policy import Policy, is_whole, reason_not_to_store, supersedes, with_vary
 from .shadow import differs
 

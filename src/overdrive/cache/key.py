@@ -62,6 +62,11 @@ def key_of(
         parameters = [pair for pair in parameters if pair[0] in plan.parameters]
     parameters.sort(key=lambda pair: pair[0])
     parts = (plan.fingerprint, host.lower(), root_path, path, parameters, headers, cookies, principals, tenant, body)
+    return digest(parts)
+
+
+def digest(parts: Any) -> str:
+    """Return what stands for plain data, as 32 hexadecimal digits."""
     return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
 
 

@@ -327,19 +327,19 @@ class Link:
             async with asyncio.timeout(wire.DEADLINE):
                 self._listens = False
                 self._connection = await self._address.connect(self, self._arrive)
-                if self.near is not None:
-                    await self._listen(self._connection)
         except TimeoutError:
             self._open(f"Redis has not answered for {wire.DEADLINE:g} s")
         except (OSError, UnicodeError, StoreUnavailable) as error:
             self._open(str(error) or type(error).__name__)
         else:
             self._close()
+            if self._listens and self._looking is None:
+                self._looking = self._loop.call_later(0, self._look)
         finally:
             self._connecting = None
 
     async def _arrive(self, connection: Connection) -> None:
-        """Do what is to be done before anything is read: look whether this is the Redis of before, and join."""
+        """Do what is to be done before anything is read: look whether this is the Redis of before, join, and listen."""
         member = self._store.member()
         sent = time.monotonic()
         _, (seconds, microseconds) = await connection.demand(self._store.compare_history(), ("TIME",))
@@ -354,13 +354,17 @@ class Link:
             else:
                 member.renewed([*reply[:3], *([other.decode() for other in others] for others in reply[3:])])
         member.start()
+        if self.near is not None:
+            await self._listen(connection)
 
     async def _listen(self, connection: Connection) -> None:
         """Have Redis tell of every write, if it can and this user may: where not, nothing is kept near."""
-        if not isinstance(await connection.ask("HELLO", 3), ReplyError):
-            await connection.ask("SUBSCRIBE", self._store.channel)
-        if self._listens and self._looking is None:
-            self._looking = self._loop.call_later(0, self._look)
+        for command in (("HELLO", 3), ("SUBSCRIBE", self._store.channel)):
+            reply = await connection.ask(*command)
+            if isinstance(reply, StoreUnavailable):
+                raise reply
+            if isinstance(reply, ReplyError):
+                return
 
     def lost(self, connection: Connection, why: str, *, waited: bool) -> None:
         """Take note that a connection is gone; that is a failure if somebody waited for an answer."""

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .conditional import Header
+from .fields import directives, names
 from .key import KeyPlan
 from .trust import Trust
 
-_FORBIDDING_DIRECTIVES = frozenset((b"no-store", b"private"))
+_FORBIDDING = frozenset((b"no-store", b"private"))
 _PROHIBITING = frozenset((b"must-revalidate", b"proxy-revalidate"))
 
 
@@ -69,9 +70,9 @@ def reason_not_to_store(status: int, headers: Iterable[Header], policy: Policy, 
         name = name.lower()
         if name == b"set-cookie":
             return "set-cookie"
-        if name == b"cache-control" and _FORBIDDING_DIRECTIVES & _names(value):
+        if name == b"cache-control" and not _FORBIDDING.isdisjoint(directives(value)):
             return "cache-control"
-        if name == b"vary" and not _names(value) <= {header.encode() for header in policy.plan.headers}:
+        if name == b"vary" and not {header.encode() for header in policy.plan.headers}.issuperset(names(value)):
             return "vary"
         if name == b"content-length" and value.isdigit():
             length = int(value)
@@ -99,19 +100,17 @@ def may_be_stale(headers: Iterable[Header]) -> bool:
 
     What it says besides, `s-maxage` too, is for caches on the way: how long it is kept here is said by its route.
     """
-    return all(_PROHIBITING.isdisjoint(_names(value)) for name, value in headers if name.lower() == b"cache-control")
+    return all(
+        _PROHIBITING.isdisjoint(directives(value)) for name, value in headers if name.lower() == b"cache-control"
+    )
 
 
-def with_vary(headers: list[Header], names: Iterable[bytes]) -> list[Header]:
-    """Return the headers with these names in their one `Vary` (RFC 9110, section 12.5.5)."""
+def with_vary(headers: list[Header], told_by: Iterable[bytes]) -> list[Header]:
+    """Return the headers with the names in `told_by` in their one `Vary` (RFC 9110, section 12.5.5)."""
     said = [value for name, value in headers if name.lower() == b"vary"]
-    known = set().union(*map(_names, said))
-    missing = [name for name in names if name.lower() not in known]
+    known = set().union(*map(names, said))
+    missing = [name for name in told_by if name.lower() not in known]
     if not missing or b"*" in known:
         return headers
     others = [header for header in headers if header[0].lower() != b"vary"]
     return [*others, (b"vary", b", ".join([*said, *missing]))]
-
-
-def _names(value: bytes) -> set[bytes]:
-    return {part.split(b"=")[0].strip().lower() for part in value.split(b",")}

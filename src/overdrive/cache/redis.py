@@ -14,7 +14,8 @@ import os
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -131,9 +132,7 @@ class RedisStore:
 
     async def described(self) -> dict[str, str]:
         """Return what Redis says of itself by INFO, and as `pushes` whether it may tell of writes: yes, or why not."""
-        loop = asyncio.get_running_loop()
-        connection = await self._address.connect(Link(self, loop, self._address, (self._clock, self._switches)))
-        try:
+        async with self._visiting(self._address) as connection:
             (info,) = await connection.demand(("INFO",))
             pairs = (line.partition(":") for line in info.decode().splitlines() if ":" in line)
             said = {name: value for name, _, value in pairs} | {"pushes": "yes"}
@@ -142,20 +141,21 @@ class RedisStore:
                     said["pushes"] = str(reply)
                     break
             return said
-        finally:
-            connection.close("closed")
-            await connection.closed
 
     def _beginning(self) -> tuple[str | int, ...]:
         return "EVAL", VERSIONS.text, 3, self._clock, self._writers, self.channel, secrets.token_hex(8)
 
     async def _demand(self, address: Address, *commands: tuple[str | int, ...]) -> list[Any]:
-        """Send commands on a connection of their own, whether the breaker is open or not."""
-        connection = await address.connect(
-            Link(self, asyncio.get_running_loop(), address, (self._clock, self._switches))
-        )
-        try:
+        async with self._visiting(address) as connection:
             return await connection.demand(*commands)
+
+    @asynccontextmanager
+    async def _visiting(self, address: Address) -> AsyncIterator[wire.Connection]:
+        """Open a connection for the block, whether the breaker is open or not."""
+        link = Link(self, asyncio.get_running_loop(), address, (self._clock, self._switches))
+        connection = await address.connect(link)
+        try:
+            yield connection
         finally:
             connection.close("closed")
             await connection.closed

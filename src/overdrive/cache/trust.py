@@ -64,9 +64,9 @@ class Trust:
         #: Differences nobody was told of, since the last warning and when that was.
         self.untold = 0
         self.warned = float("-inf")
-        self.decide()
+        self._decide()
 
-    def decide(self) -> None:
+    def _decide(self) -> None:
         """Decide whether the next hit is to be verified."""
         if self.verify:
             self.due = random.random() < self.verify
@@ -76,14 +76,13 @@ class Trust:
         if self.mode == "shadow":
             return "shadow"
         due = self.due
-        self.decide()
+        self._decide()
         return "verify" if due else None
 
     def answered_at_once(self) -> None:
         """Count a hit that was answered before the app's own call, and decide on the next."""
         self.at_once += 1
-        if self.verify:
-            self.decide()
+        self._decide()
 
     def count(self, mark: str, why: str) -> None:
         """Count a request that was not answered before routing: hit, miss or bypass, and why."""
@@ -114,9 +113,9 @@ class Trust:
 
     def counts(self) -> dict[str, int]:
         """Return what was counted, by name; a reason of `bypassed` as `bypassed.reason`."""
-        return {name: getattr(self, name) for name in _COUNTS} | {
-            f"bypassed.{reason}": count for reason, count in self.bypassed.items()
-        }
+        # Another thread may read them while requests are counted.
+        bypassed = list(self.bypassed.items())
+        return {name: getattr(self, name) for name in _COUNTS} | {f"bypassed.{why}": count for why, count in bypassed}
 
 
 _COUNTS = (

@@ -9,7 +9,6 @@ from dataclasses import fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_type_hints
 from uuid import UUID
 
@@ -20,6 +19,7 @@ from overdrive.errors import ConfigurationError
 
 from .entry import Instant
 from .flight import Flight, Landed, Landing
+from .key import digest
 from .store import StoreUnavailable
 from .tags import CALL, TENANT, tag_of_tenant
 
@@ -37,7 +37,7 @@ def key_of_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> s
     """Return what stands for a call of a function, or of an endpoint with these path parameters, as text."""
     # An object that can be called has its class's name; what it gives is dropped with what others of them give.
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    return _digest((function.__module__, name, sorted((name, str(value)) for name, value in arguments.items())))
+    return digest((function.__module__, name, sorted((name, str(value)) for name, value in arguments.items())))
 
 
 def key_of_memoized(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -90,10 +90,6 @@ def tag_of_call(key: str) -> str:
     return CALL + key[:4]
 
 
-def _digest(parts: Any) -> str:
-    return blake2b(msgspec.msgpack.encode(parts), digest_size=16).hexdigest()
-
-
 _MEMOIZED = "__overdrive_memoized__"
 
 
@@ -136,7 +132,7 @@ class Values:
                 return await load()
             tenant = context.tenant
         # Of another release with other tags nobody could drop what they drop.
-        name, fingerprint = f"value:{_digest((key, tenant))}", repr((type_, sorted(tags)))
+        name, fingerprint = f"value:{digest((key, tenant))}", repr((type_, sorted(tags)))
         if tenant is not None:
             tags = [*tags, tag_of_tenant(tenant)]
         try:

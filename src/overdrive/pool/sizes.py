@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
@@ -11,6 +10,7 @@ from weakref import WeakSet
 from sqlalchemy import Engine, event
 
 from overdrive.errors import ConfigurationError
+from overdrive.workers import workers
 
 from .pool import FairPool
 
@@ -67,7 +67,7 @@ def watch_sizes(engine: Engine, processes: int | None, *, strict: bool) -> None:
         finally:
             cursor.close()
             dbapi_connection.rollback()
-        message = excess(processes or _workers(), _capacities(others), limit, reserved)
+        message = excess(processes or workers(), _capacities(others), limit, reserved)
         if message is None:
             return
         if strict:
@@ -82,9 +82,3 @@ def _capacities(engines: Iterable[Engine]) -> list[int]:
     """Return the most connections of each pool that has any: others may have been made and forgotten."""
     pools = [engine.pool for engine in engines]
     return [pool.capacity for pool in pools if isinstance(pool, FairPool) and pool.checkedout() + pool.checkedin()]
-
-
-def _workers() -> int:
-    """Return how many workers uvicorn and gunicorn start where nobody tells them."""
-    told = os.environ.get("WEB_CONCURRENCY", "")
-    return int(told) if told.isdigit() and int(told) else 1
