@@ -187,7 +187,7 @@ async def test_a_commit_without_an_answer_is_no_success_and_is_not_sent_again(
 
 @pytest.mark.parametrize(
     ("driver_url", "path"),
-    [("asyncpg", "/read"), ("psycopg", "/read"), ("psycopg", "/read-in-thread")],
+    [("asyncpg", "/read"), ("psycopg", "/read-in-thread")],
     indirect=["driver_url"],
 )
 async def test_a_deadline_holds_where_the_database_is_silent(
