@@ -139,7 +139,7 @@ class ListKeeper:
         """Keep what was read since `kept` was looked for, unless it was written meanwhile."""
         assert isinstance(kept.since, Since)
         instant, ttl = kept.since
-        tags = self.observation.reads_of(self.facts[name])
+        tags = self.observation.naming.reads_of(self.facts[name])
         if tags is None:
             return
         if self.context.tenant is not None:

@@ -407,7 +407,7 @@ class Witness:
         pass
 
     async def after(self, token: None, outcome: observe.Outcome) -> None:
-        self.known.append(self.observation._told.relations is not None)
+        self.known.append(self.observation.naming._told.relations is not None)
 
 
 async def test_what_was_asked_before_a_change_was_committed_is_forgotten_with_it(service: Service) -> None:
@@ -417,7 +417,7 @@ async def test_what_was_asked_before_a_change_was_committed_is_forgotten_with_it
     async with engine.connect() as one, engine.connect() as other:
         await one.execute(text("CREATE VIEW more AS SELECT id, name FROM items"))
         await other.execute(select(Item))
-        assert witness.observation._told.relations is not None
+        assert witness.observation.naming._told.relations is not None
         await one.commit()
     assert witness.known == [False]
 
@@ -429,7 +429,7 @@ async def test_an_answer_from_before_a_change_is_not_believed(
 
     def overtaken(*asked: Any) -> Any:
         told = catalogue.relations_of(*asked)
-        observation._forget()
+        observation.naming.forget()
         return told
 
     monkeypatch.setattr(observe, "relations_of", overtaken)
@@ -497,7 +497,7 @@ async def test_a_write_to_what_nobody_knows_is_one_to_everything(
     service = on_each_driver
     lists(service, "/others", named("others"))
     assert await service.marks("/others", "/others") == MISS_AND_HIT
-    service.overdrive._observations[0]._forget()
+    service.overdrive._observations[0].naming.forget()
     monkeypatch.setattr(observe.Observation, "ask", lambda *_: None)
     await service.write(works(insert(Item).values(name="new")))
     monkeypatch.undo()

@@ -205,9 +205,9 @@ async def test_what_has_not_changed_drops_nothing(attentive: None, service: Serv
     assert await service.marks("/names", "/names", "/seen", "/seen") == 2 * MISS_AND_HIT
     observation = observe.observation_of(service.overdrive.engine.sync_engine)
     assert observation is not None
-    told = observation._told
+    told = observation.naming._told
     async with asyncio.timeout(5):
-        while observation._told is told:
+        while observation.naming._told is told:
             await service.write(works(select(1)))
             await asyncio.sleep(0.02)
     assert await service.marks("/names", "/seen") == ["hit", "hit"]

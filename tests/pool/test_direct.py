@@ -74,7 +74,7 @@ async def warm(engine: AsyncEngine) -> None:
 
 async def test_the_database_is_asked_what_names_stand_for(engine: AsyncEngine, sent: list[str]) -> None:
     await warm(engine)
-    observe(engine.sync_engine, "default")._forget()
+    observe(engine.sync_engine, "default").naming.forget()
     async with Sessions.of(engine)() as session:
         with collecting() as reads:
             assert await names(session) == ["a", "b"]

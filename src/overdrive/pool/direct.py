@@ -18,8 +18,9 @@ from sqlalchemy.util import greenlet_spawn
 
 from overdrive.context import current
 
+from .driver import driver_of
 from .engine import begins_with_writes
-from .observe import Observation, driver_of, observation_of, returns_without_waiting
+from .observe import Observation, observation_of, returns_without_waiting
 from .pool import FairPool
 from .statement import Facts, facts_of
 
@@ -124,10 +125,10 @@ async def _send(
     if pooled is None:
         pooled = await greenlet_spawn(_take, engine)
     try:
-        named = observation.named(statement.facts)
-        if observation.lacks(named):
-            await greenlet_spawn(observation.ask, pooled, named)
-            named = observation.named(statement.facts)
+        named = observation.naming.named(statement.facts)
+        if observation.naming.lacks(named):
+            await greenlet_spawn(observation.naming.ask, pooled, named)
+            named = observation.naming.named(statement.facts)
         observation.started(pooled.info, named, statement.sql, (given,), autocommit=False)
         return await _fetch(pooled, engine, observation, statement, values)
     finally:

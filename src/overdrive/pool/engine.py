@@ -25,7 +25,8 @@ from sqlalchemy.util.concurrency import in_greenlet
 from overdrive.errors import ConfigurationError
 
 from .closing import abandon, close, has_loop
-from .observe import NEEDS_TRANSACTIONS, driver_of
+from .driver import driver_of
+from .observe import NEEDS_TRANSACTIONS
 from .pool import FairPool
 from .sizes import watch_sizes
 from .statement import facts_of, first_word

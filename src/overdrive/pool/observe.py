@@ -10,33 +10,28 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-import threading
 import time
-import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import Context
-from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Engine, PoolProxiedConnection, QueuePool, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.engine.interfaces import ExecutionContext
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import await_only
 
-from overdrive.context import OF_ROWS, Reads, RequestContext, collectors, current
+from overdrive.context import Reads, RequestContext, collectors, current
 from overdrive.errors import ConfigurationError
 from overdrive.instrumentation.events import StatementEvent, listening, publish
 from overdrive.instrumentation.repeats import Repeats
 
-from .catalogue import ASKED, relations_of
+from .driver import driver_of, is_idle
 from .holders import team_lines
-from .housekeeping import housekeeper
+from .naming import Named, Naming
 from .pool import FairPool
-from .relations import Meaning, Relations, translated
-from .rows import Rows, condensed
-from .statement import EVERYTHING, Facts, facts_of, outline
-from .tasks import loop_beside, start, to_the_end
+from .rows import condensed
+from .statement import Facts, facts_of, outline
+from .tasks import loop_beside, to_the_end
 
 T = TypeVar("T")
 
@@ -89,57 +84,6 @@ Announced = list[tuple[CommitObserver, Any]]
 
 #: Tags of rows beyond which they are gathered by tables.
 _MANY = 100
-
-#: Where a `schema_translate_map` has tables sent to: by the schema of their models, another.
-Schemas = Mapping[str | None, str | None]
-
-#: Statements whose names are remembered.
-_NAMED = 10_000
-
-#: Seconds for which nobody asks again what the database has, unless a statement may have changed it.
-_TOLD = 1.0
-#: Seconds after a statement at which an idle connection is asked what other programs have made of tables meanwhile.
-_LOOK = 5.0
-
-
-class Named(NamedTuple):
-    """A statement with what it reads and writes, by tags.
-
-    reads, writes: tags; all but those of the rows that are named.
-    rows_read, rows_written: rows, under each name that their table has.
-    unknown: why `reads` may be incomplete.
-    lacking: names of which the database might say more than it has.
-    """
-
-    facts: Facts
-    reads: frozenset[str]
-    writes: frozenset[str]
-    rows_read: tuple[Rows, ...]
-    rows_written: tuple[Rows, ...]
-    unknown: str | None
-    lacking: frozenset[str]
-
-
-class _Told:
-    """What the database has said of its relations, and what follows for each statement."""
-
-    __slots__ = ("at", "named", "relations", "sought", "why")
-
-    def __init__(self, relations: Relations | None, sought: frozenset[str], why: str | None = None) -> None:
-        self.relations = relations
-        #: Names, without their schemas, that were asked for.
-        self.sought = sought
-        #: Why nothing is known; None where `relations` has it, or names are taken as they are.
-        self.why = why
-        self.at = time.monotonic()
-        self.named: dict[Facts, Named] = {}
-
-    def meaning(self, table: str) -> Meaning:
-        if self.relations is not None:
-            return self.relations.meaning(table)
-        if self.why is None:
-            return Meaning()
-        return Meaning(writes=frozenset((EVERYTHING,)), unknown=self.why, lacking=True)
 
 
 class _Transaction:
@@ -238,17 +182,11 @@ class Observation:
         self.admission: Admission | None = None
         #: When the database was last asked for something, and when it last gave an answer.
         self._asked_at = self._answered_at = 0.0
-        self._everything = f"{name}/{EVERYTHING}"
-        #: Names of which the database had not said enough at first.
-        self._sought: frozenset[str] = frozenset()
-        self._told = self._untold("nobody has asked the database yet what its tables are")
-        #: When that is looked at behind the scenes; and whether others have changed what somebody went by.
-        self._look_at = 0.0
+        self.naming = Naming(engine, name, self._tell_of_everything)
         #: Connections whose driver's own somebody has, by `id`; and whether that may be anybody but SQLAlchemy, which
         #: wants the first for itself.
         self._taken: set[int] = set()
         self._is_connected = getattr(engine.dialect, "default_isolation_level", None) is not None
-        self._overtaken = False
         self._listen()
 
     def _listen(self) -> None:
@@ -282,7 +220,7 @@ class Observation:
         parameters: by their names, for each time it is executed.
         """
         transaction, facts = _transaction_of(info), named.facts
-        reads, writes = self._tags_of(named, parameters)
+        reads, writes = self.naming.tags_of(named, parameters)
         transaction.named, transaction.reads = named, reads
         unknown = named.unknown
         if transaction.temporary and (hidden := transaction.temporary & facts.names_read):
@@ -296,7 +234,7 @@ class Observation:
             transaction.temporary |= facts.temporary
         if facts.reshapes:
             transaction.reshapes = True
-            self._forget()
+            self.naming.forget()
         if writes:
             transaction.wrote(writes, sql)
             if context is not None:
@@ -304,8 +242,8 @@ class Observation:
             if autocommit:
                 self._announce(writes, sql, transaction.announced)
         self._asked_at = transaction.started = time.perf_counter()
-        if transaction.started >= self._look_at:
-            self._look_later(transaction.started)
+        if transaction.started >= self.naming.look_at:
+            self.naming.look_later(transaction.started)
 
     def finished(self, info: dict[Any, Any], sql: str, rows: int, *, autocommit: bool) -> None:
         """Note that the statement last started on the connection with `info` was answered."""
@@ -326,191 +264,37 @@ class Observation:
             return
         if named.rows_read and rows < 1:
             # What is not there yet may come without being named.
-            tables = self._tagged(each.table for each in named.rows_read)
+            tables = self.naming.tagged(each.table for each in named.rows_read)
             transaction.reads |= tables
             for collector in _readers(transaction):
                 _collect(collector, tables)
         if listening():
             transactional = transaction.began and not autocommit
-            writes = self._tagged(named.facts.writes)
+            writes = self.naming.tagged(named.facts.writes)
             publish(StatementEvent(self.name, sql, duration, rows, transaction.reads, writes, transactional))
         if autocommit and named.writes:
             if named.facts.reshapes:
-                self._forget()
+                self.naming.forget()
             self._report(transaction.announced, Outcome.COMMITTED)
 
     def is_silent(self, seconds: float) -> bool:
         """Say whether the database owes an answer, and has given none to anybody for so long."""
         return self._asked_at > self._answered_at and time.perf_counter() - self._asked_at > seconds
 
-    def named(self, facts: Facts, schemas: Schemas | None = None) -> Named:
-        """Return a statement with what its names stand for, as far as the database has said that.
-
-        schemas: under which `schema_translate_map` it is sent.
-        """
-        told = self._told
-        named = told.named.get(facts) if not schemas else None
-        if named is None:
-            named = self._name(facts, schemas or {}, told)
-            if not schemas:
-                # Texts with their values in them are without number.
-                if len(told.named) >= _NAMED:
-                    told.named.clear()
-                told.named[facts] = named
-        return named
-
-    def _name(self, facts: Facts, schemas: Schemas, told: _Told) -> Named:
-        """Find out what the tables of a statement are, and under which names else they are written."""
-        also: dict[str, frozenset[str]] = {}
-        meanings: dict[str, Meaning] = {}
-        for table in (facts.names_read | facts.writes) - {EVERYTHING}:
-            sent = translated(table, schemas) if schemas else table
-            meanings[table] = meaning = told.meaning(sent)
-            also[table] = frozenset((table, sent)) | meaning.also
-
-        def under_all_names(tables: Iterable[str]) -> set[str]:
-            return {name for table in tables for name in also.get(table, (table,))}
-
-        def of_all_names(rows: Rows) -> Iterator[Rows]:
-            return (replace(rows, table=name) for name in sorted(also[rows.table]))
-
-        read = [meanings[table] for table in facts.names_read if table in meanings]
-        reads = self._tagged(under_all_names(facts.reads).union(*(each.reads for each in read)))
-        # A write that could not be read must outdate every reading of this engine.
-        if facts.reads or facts.rows_read:
-            reads |= {self._everything}
-        writes = under_all_names(facts.writes) | {name + OF_ROWS for name in under_all_names(facts.scattered)}
-        writes = writes.union(*(meanings[table].writes for table in facts.writes if table in meanings))
-        lacking = {table.rpartition(".")[2] for table, each in meanings.items() if each.lacking}
-        if told.relations is not None:
-            for table, columns in facts.changes:
-                along = told.relations.changed_along(translated(table, schemas), columns)
-                writes = writes.union(along, (name + OF_ROWS for name in along))
-            if facts.words & told.relations.writing:
-                writes |= {EVERYTHING}
-        elif facts.words and told.why is not None:
-            writes |= {EVERYTHING}
-            lacking.add("")
-        return Named(
-            facts,
-            reads,
-            self._tagged(writes),
-            tuple(other for rows in facts.rows_read for other in of_all_names(rows)),
-            () if facts.rows_written is None else tuple(of_all_names(facts.rows_written)),
-            facts.unknown or next((each.unknown for each in read if each.unknown), None),
-            frozenset(lacking),
-        )
-
-    def _tags_of(self, named: Named, parameters: Sequence[Mapping[str, Any]]) -> tuple[frozenset[str], frozenset[str]]:
-        reads, writes = named.reads, named.writes
-        if named.rows_read:
-            reads = reads.union(*(self._of_read(rows, parameters) for rows in named.rows_read))
-        elif named.rows_written:
-            written = (rows.tags(parameters) or (rows.table + OF_ROWS,) for rows in named.rows_written)
-            writes = writes.union(*map(self._tagged, written))
-        return reads, writes
-
-    def reads_of(self, facts: Facts) -> frozenset[str] | None:
-        """Return the tags of what a statement reads, but for the rows it reads by their keys; None where unknown."""
-        named = self.named(facts)
-        return None if named.unknown else named.reads
-
-    def _of_read(self, rows: Rows, parameters: Sequence[Mapping[str, Any]]) -> frozenset[str]:
-        own = rows.tags(parameters)
-        return self._tagged((rows.table,) if own is None else (rows.table + OF_ROWS, *own))
-
-    def _tagged(self, tables: Iterable[str]) -> frozenset[str]:
-        return frozenset(f"{self.name}/{table}" for table in tables)
-
-    # What names stand for
-
-    def _untold(self, why: str) -> _Told:
-        # Of other databases nobody knows how to ask, and a name is taken for a table's.
-        return _Told(None, frozenset(), why if self.engine.dialect.name in ASKED else None)
-
-    def _forget(self) -> None:
-        """Have the database asked again: until then nobody knows what a name stands for."""
-        self._told = self._untold("a statement has changed tables, or made some")
-
-    def lacks(self, named: Named) -> bool:
-        """Say whether the database is to be asked what a statement's names stand for."""
-        told = self._told
-        return bool(named.lacking) and (not named.lacking <= told.sought or time.monotonic() - told.at > _TOLD)
-
-    def ask(self, connection: PoolProxiedConnection, named: Named) -> None:
-        """Ask the database what a statement's names stand for, where that harms no transaction.
-
-        What is not committed is nobody else's yet, and an error would end it.
-        """
-        driver = driver_of(connection)
-        if is_idle(self.engine, connection) or getattr(driver, "in_transaction", True) is False:
-            self._sought |= named.lacking
-            self._ask(connection.dbapi_connection)
-
     def _connected(self, dbapi_connection: Any, _record: Any) -> None:
         self._is_connected = True
-        if self._told.relations is None or time.monotonic() - self._told.at > _TOLD:
-            self._ask(dbapi_connection)
-
-    def _ask(self, dbapi_connection: Any) -> None:
-        asked, sought = self._told, self._sought
-        if asked.relations is None and asked.why is None:
-            return
-        try:
-            told = _Told(relations_of(dbapi_connection, self.engine.dialect.name, sought), sought)
-        except self.engine.dialect.loaded_dbapi.Error as error:
-            told = _Told(None, sought, f"the database did not say what its tables are ({error})")
-        # Otherwise a statement has changed something meanwhile, or somebody else has asked.
-        if self._told is asked:
-            self._told = told
-            if asked.relations is not None and told.relations is not None:
-                self._overtaken |= not asked.relations.holds(told.relations)
-
-    def _look_later(self, now: float) -> None:
-        """Have a connection that is idle by then asked again, behind the scenes.
-
-        So whatever another program makes of a table is known soon after a statement that was taken for something else.
-        """
-        if self.engine.dialect.name not in ASKED:
-            self._look_at = math.inf
-            return
-        self._look_at = now + _LOOK
-        look = weakref.WeakMethod(self._look)
-        if self.engine.dialect.is_async:
-            # Not in the context of the request that happens to be the first.
-            asyncio.get_running_loop().call_later(_LOOK, _in_a_task, look, context=Context())
-        else:
-            housekeeper.call_at(time.monotonic() + _LOOK, self._look_in_a_thread)
-
-    def _look_in_a_thread(self) -> None:
-        threading.Thread(target=self._look, name="overdrive-look", daemon=True).start()
-
-    def _look(self) -> None:
-        pool: Any = self.engine.pool
-        if not isinstance(pool, FairPool | QueuePool) or not pool.checkedin():
-            return
-        try:
-            pooled = pool.connect()
-        except Exception:
-            return  # whoever needs one learns why
-        try:
-            if time.monotonic() - self._told.at > _TOLD:
-                self._ask(pooled.dbapi_connection)
-        finally:
-            pooled.close()
-        if self._overtaken:
-            self._overtaken = False
-            self._tell_of_everything("DDL of another program")
+        self.naming.connected(dbapi_connection)
 
     def _before_cursor_execute(
         self, connection: Connection, cursor: Any, sql: str, _p: Any, context: ExecutionContext, _many: bool
     ) -> None:
         facts = facts_of(context.compiled, sql)
         schemas = context.execution_options.get("schema_translate_map")
-        named = self.named(facts, schemas)
-        if self.lacks(named):
-            self.ask(connection.connection, named)
-            named = self.named(facts, schemas)
+        naming = self.naming
+        named = naming.named(facts, schemas)
+        if naming.lacks(named):
+            naming.ask(connection.connection, named)
+            named = naming.named(facts, schemas)
         autocommit = self._is_autocommit(connection)
         if not autocommit:
             self._begin_late(connection, context, facts)
@@ -609,7 +393,7 @@ class Observation:
             transaction = _transaction_of(connection.info)
             if kwargs.get("recover"):
                 # It was prepared elsewhere, maybe by another process.
-                transaction.wrote(frozenset((self._everything,)), "COMMIT PREPARED")
+                transaction.wrote(frozenset((self.naming.everything,)), "COMMIT PREPARED")
             # What is prepared is not the connection's any more, which seems to be idle.
             with self._announced(transaction):
                 commit(connection, *args, **kwargs)
@@ -653,14 +437,14 @@ class Observation:
             raise
         finally:
             if transaction.reshapes:
-                self._forget()
+                self.naming.forget()
             self._report(announced, outcome)
 
     def _end(self, transaction: _Transaction) -> None:
         transaction.end()
         if transaction.reshapes:
             transaction.reshapes = False
-            self._forget()
+            self.naming.forget()
 
     def _taking_out(self, driver_of: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Have the driver's own connection counted as a reading and a write of which nothing is known: of COPY, say."""
@@ -680,7 +464,7 @@ class Observation:
 
     def _wrote_unseen(self, dbapi_connection: Any, transaction: _Transaction) -> None:
         if id(dbapi_connection) in self._taken:
-            transaction.wrote(frozenset((self._everything,)), "what the driver's own connection was asked")
+            transaction.wrote(frozenset((self.naming.everything,)), "what the driver's own connection was asked")
 
     def _checking_out(self, raw_connection: Callable[[], Any]) -> Callable[[], Any]:
         def checkout() -> Any:
@@ -749,18 +533,13 @@ class Observation:
     def _tell_of_everything(self, why: str) -> None:
         """Tell of a write that was not seen, of which nobody knows more than that it is over."""
         announced: Announced = []
-        self._announce(frozenset((self._everything,)), why, announced)
+        self._announce(frozenset((self.naming.everything,)), why, announced)
         self._report(announced, Outcome.COMMITTED)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self.engine.dialect.is_async:
             return await_only(coroutine)
         return _run_from_thread(coroutine, self.loop)
-
-
-def _in_a_task(look: weakref.WeakMethod[Callable[[], None]]) -> None:
-    if (method := look()) is not None:
-        start(greenlet_spawn(method))
 
 
 async def _tell(announced: Announced, outcome: Outcome) -> None:
@@ -776,29 +555,6 @@ def has_begun(connection: Connection) -> bool:
     # A driver told so (PEP 249's way) opens one on SQLite for reads as well.
     is_open = getattr(driver_of(connection.connection), "in_transaction", False)
     return is_open or _transaction_of(connection.info).began
-
-
-#: Whether a driver's connection has no transaction open; none of them asks the database.
-_IDLE: dict[str, Callable[[Any], bool]] = {
-    "aiosqlite": lambda connection: not connection.in_transaction,
-    "asyncpg": lambda connection: not connection.is_in_transaction(),
-    "psycopg": lambda connection: connection.pgconn.transaction_status == 0,
-    "psycopg_async": lambda connection: connection.pgconn.transaction_status == 0,
-}
-
-
-def driver_of(pooled: Any) -> Any:
-    """Return the driver's own connection of a pooled one, which is not told as taken out."""
-    return getattr(pooled.dbapi_connection, "driver_connection", pooled.dbapi_connection)
-
-
-def is_idle(engine: Engine, connection: Any) -> bool:
-    """Say whether ending the transaction of a pooled connection would end nothing.
-
-    With aiosqlite that would be a trip to its thread, and with psycopg one to its lock.
-    """
-    idle = _IDLE.get(engine.dialect.driver)
-    return idle is not None and idle(driver_of(connection))
 
 
 def returns_without_waiting(engine: Engine, pooled: PoolProxiedConnection) -> bool:
