@@ -5,21 +5,15 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pool.worlds import Judge, judges
 
 
 @pytest.mark.parametrize("url", ["aiosqlite", "asyncpg"], indirect=True)
 def test_what_changes_an_answer_names_something_of_it(url: str) -> None:
     with judges(url) as judge:
-
-        @settings(max_examples=2, deadline=None, database=None)
-        @given(st.randoms(use_true_random=True))
-        def asked(rng: Random) -> None:
-            judge(rng, readings=10, writings=10)
-
-        asked()
+        # Here always the same ones; `make soak` makes up others.
+        for seed in range(2):
+            judge(Random(seed), readings=10, writings=10)
         assert_much_was_asked(judge)
 
 
