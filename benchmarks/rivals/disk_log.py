@@ -9,7 +9,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import orjson
 import structlog
 from fastapi import FastAPI
 from loguru import logger as loguru_logger
@@ -47,6 +46,8 @@ def loguru_enqueue() -> FastAPI:
 
 def structlog_orjson() -> FastAPI:
     """Return an app that writes each line where it logs it, as JSON."""
+    import orjson  # which only the whole bench brings along
+
     structlog.configure(
         cache_logger_on_first_use=True,
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

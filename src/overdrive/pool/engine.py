@@ -114,8 +114,8 @@ def create_engine(
     if target.drivername in _ASYNC_DRIVERS:
         target = target.set(drivername=f"{target.get_backend_name()}+{_ASYNC_DRIVERS[target.drivername]}")
     pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
-    _adapt(target, options, password, pgbouncer)
     with _explained(target):
+        _adapt(target, options, password, pgbouncer)
         engine = create_async_engine(target, **pooling, **options)
     _prepare_our_own(engine.sync_engine, password)
     if not pgbouncer:
@@ -144,8 +144,8 @@ def create_sync_engine(
     )
     target = target.set(drivername=_SYNC_DRIVERS.get(name, name))
     pooling = _pooling(target, options, pool_size, max_overflow, pool_timeout, pool_recycle)
-    _adapt(target, options, password, pgbouncer)
     with _explained(target):
+        _adapt(target, options, password, pgbouncer)
         engine = sqlalchemy.create_engine(target, **pooling, **options)
     _prepare_our_own(engine, password)
     if not pgbouncer:
