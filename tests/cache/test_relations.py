@@ -29,7 +29,7 @@ from support import Item, Other, outside
 
 from overdrive import Page, SessionDep, SyncSessionDep, cached, paginate
 from overdrive.context import collecting
-from overdrive.pool import catalogue, observe
+from overdrive.pool import catalogue, naming, observe
 
 pytestmark = pytest.mark.anyio
 
@@ -123,7 +123,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         times.append(wanted)
         return catalogue.relations_of(connection, dialect, wanted)
 
-    monkeypatch.setattr(observe, "relations_of", counted)
+    monkeypatch.setattr(naming, "relations_of", counted)
     return times
 
 
@@ -342,7 +342,7 @@ async def test_with_every_connection_but_not_every_time(
     for _ in range(3):
         await connect()
     assert len(asked) == 1
-    monkeypatch.setattr(observe, "_TOLD", 0.0)
+    monkeypatch.setattr(naming, "_TOLD", 0.0)
     await connect()
     assert len(asked) == 2
 
@@ -432,7 +432,7 @@ async def test_an_answer_from_before_a_change_is_not_believed(
         observation.naming.forget()
         return told
 
-    monkeypatch.setattr(observe, "relations_of", overtaken)
+    monkeypatch.setattr(naming, "relations_of", overtaken)
     assert (await service.get()).headers["cache-status"] == UNKNOWN
     monkeypatch.undo()
     assert await service.marks("/names", "/names") == MISS_AND_HIT
@@ -450,7 +450,7 @@ async def test_a_transaction_is_not_harmed_by_asking(service: Service, silent: p
 async def test_what_another_has_made_is_learned_with_the_next_connection(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observe, "_TOLD", 0.0)
+    monkeypatch.setattr(naming, "_TOLD", 0.0)
     lists(service, "/others", named("others"))
     await service.marks("/others")
     run(service, "ALTER TABLE others RENAME TO gone; CREATE VIEW others AS SELECT id, name FROM items")
@@ -471,7 +471,7 @@ async def test_a_table_made_since_is_asked_for(service: Service) -> None:
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A database that does not let itself be asked."""
-    monkeypatch.setattr(observe, "_TOLD", 0.0)
+    monkeypatch.setattr(naming, "_TOLD", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(catalogue, "_RELATIONS", "SELECT nothing")
         patched.setattr(catalogue, "_DATABASES", "SELECT nothing")
@@ -498,7 +498,7 @@ async def test_a_write_to_what_nobody_knows_is_one_to_everything(
     lists(service, "/others", named("others"))
     assert await service.marks("/others", "/others") == MISS_AND_HIT
     service.overdrive._observations[0].naming.forget()
-    monkeypatch.setattr(observe.Observation, "ask", lambda *_: None)
+    monkeypatch.setattr(naming.Naming, "ask", lambda *_: None)
     await service.write(works(insert(Item).values(name="new")))
     monkeypatch.undo()
     assert await service.marks("/others") == ["miss"]

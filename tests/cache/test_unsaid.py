@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from support import Item, Other, client, eventually, tables
 
 from overdrive import Overdrive, SessionDep, SyncSessionDep, cached, create_engine
-from overdrive.pool import observe
+from overdrive.pool import naming, observe
 
 pytestmark = pytest.mark.anyio
 
@@ -176,8 +176,8 @@ async def test_what_is_prepared_on_one_connection_and_committed_on_another(servi
 
 @pytest.fixture
 def attentive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "_LOOK", 0.05)
-    monkeypatch.setattr(observe, "_TOLD", 0.0)
+    monkeypatch.setattr(naming, "_LOOK", 0.05)
+    monkeypatch.setattr(naming, "_TOLD", 0.0)
 
 
 @pytest.mark.parametrize("on", ["asyncpg", "psycopg", "aiosqlite"])
