@@ -160,7 +160,8 @@ def _check(directory: Path, answered: list[str], workers: int) -> None:
     for name in answered:
         assert [messages[f"line {number} of {name}"] for number in range(5)] == [1] * 5
         assert events[f"/work/{name}"] == 1
-    assert messages["the end is near"] == messages["the end"] == workers
+    # A worker that was still starting has no end to tell of.
+    assert 1 <= messages["the end is near"] == messages["the end"] <= workers
     ledgers = [json.loads(file.read_text()) for file in directory.glob("stats.*")]
     for emitted, written_lines, sampled, dropped in ledgers:
         assert emitted == written_lines + sampled
